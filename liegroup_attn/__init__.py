@@ -1,0 +1,41 @@
+"""Lie-group attention: scores → rates → generator Q → exp(tQ)V."""
+
+import importlib
+from typing import Any
+
+from liegroup_attn.clocks import ExponentialClock, FixedClock
+from liegroup_attn.expm import MatrixExp, TriangularSolve, Uniformization
+from liegroup_attn.functional import expm_multiply, lie_attention, transition_matrix
+from liegroup_attn.generators import DenseGenerator, SoftmaxGenerator
+from liegroup_attn.rates import exponential, softplus, squared_relu
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseGenerator",
+    "ExponentialClock",
+    "FixedClock",
+    "MatrixExp",
+    "SoftmaxGenerator",
+    "TriangularSolve",
+    "Uniformization",
+    "expm_multiply",
+    "exponential",
+    "lie_attention",
+    "softplus",
+    "squared_relu",
+    "transition_matrix",
+]
+
+_LAZY = ("lightning", "manifolds", "metrics", "nn", "plots", "positional")
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: geoopt, lightning and matplotlib take seconds, and the verbs need torch only.
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LAZY])

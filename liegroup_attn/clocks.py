@@ -1,0 +1,130 @@
+"""The law of the time τ for which the chain runs, and the law of the number of hops it makes."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.errors import ConvergenceError
+
+__all__ = ["Clock", "ExponentialClock", "FixedClock"]
+
+_MOST_TERMS = 100_000
+
+
+class Clock(ABC):
+    """The law of τ, given its mean t. Tokens are mixed by E[exp(τQ)], a stochastic matrix for every clock.
+
+    Uniformization writes that as Σ_k p_k Pᵏ with P = I + Q/Λ; a clock knows p_k, the law of the number of hops
+    when hops come at rate Λ, as a function of θ = Λt.
+    """
+
+    @abstractmethod
+    def terms(self, theta: float, tol: float) -> int:
+        """Smallest K with P(hops > K) ≤ tol.
+
+        Args:
+            theta: θ = Λt ≥ 0, the mean number of hops.
+            tol: in (0, 1).
+
+        Returns:
+            K ≥ 0; 0 only for θ = 0.
+
+        Raises:
+            ConvergenceError: more than 100,000 hops would be needed.
+        """
+
+    @abstractmethod
+    def hop_weights(self, theta: Tensor, terms: int) -> Tensor:
+        """Weights p_0 … p_K with everything past K lumped on p_K, so that they sum to 1 at every K.
+
+        Args:
+            theta: (...), θ ≥ 0.
+            terms: K ≥ 0.
+
+        Returns:
+            (K + 1, ...) in float64, ≥ 0, differentiable in θ (also at θ = 0).
+        """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def _lump(weights: Tensor) -> Tensor:
+    """(K, ...) weights before K → (K + 1, ...) with the rest on the last."""
+    rest = (1 - weights.sum(0, keepdim=True)).clamp_min(0)
+    return torch.cat([weights, rest])
+
+
+class FixedClock(Clock):
+    """τ = t: the mixing matrix is exp(tQ) and the number of hops is Poisson(θ).
+
+    Example:
+        >>> FixedClock().terms(1.0, 1e-3)
+        5
+        >>> FixedClock().hop_weights(torch.tensor(1.0), 2)
+        tensor([0.3679, 0.3679, 0.2642], dtype=torch.float64)
+
+    Source: [Jensen1953]_, [Moler2003]_ (uniformization).
+    """
+
+    def terms(self, theta: float, tol: float) -> int:  # noqa: D102
+        if theta == 0:
+            return 0
+        # Sum the tail from far out, where terms are tiny: 1 − Σ would lose every digit below 1e-16.
+        k = math.ceil(theta + 12 * math.sqrt(theta) + 40)
+        if k > _MOST_TERMS:
+            raise ConvergenceError(
+                f"time: expected a mean number of hops under about {_MOST_TERMS}, got {theta:g}; use method=MatrixExp()"
+            )
+        tail = 0.0
+        while k > 1:
+            p_k = math.exp(-theta + k * math.log(theta) - math.lgamma(k + 1))
+            if tail + p_k > tol:
+                return k
+            tail += p_k
+            k -= 1
+        return 1
+
+    def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
+        theta = theta.to(torch.float64)
+        if terms == 0:
+            return torch.ones_like(theta).unsqueeze(0)
+        k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
+        # Two forms, each on the side where its value and its gradient are finite: the powers at θ = 0, the
+        # logarithms where e^{−θ} would underflow.
+        near = theta.clamp_max(1.0)
+        small = torch.exp(-near) * near**k / torch.exp(torch.lgamma(k + 1))
+        far = theta.clamp_min(1.0)
+        large = torch.exp(-far + k * far.log() - torch.lgamma(k + 1))
+        return _lump(torch.where(theta < 1, small, large))
+
+
+class ExponentialClock(Clock):
+    """τ exponential with mean t: the mixing matrix is the resolvent (I − tQ)⁻¹ and hops are geometric.
+
+    Example:
+        >>> ExponentialClock().hop_weights(torch.tensor(1.0), 2)
+        tensor([0.5000, 0.2500, 0.2500], dtype=torch.float64)
+
+    Source: [Norris1997]_, section 4.2 (resolvent).
+    """
+
+    def terms(self, theta: float, tol: float) -> int:  # noqa: D102
+        if theta == 0:
+            return 0
+        k = math.ceil(math.log(tol) / math.log(theta / (1 + theta))) - 1
+        if k > _MOST_TERMS:
+            raise ConvergenceError(
+                f"time: expected a mean number of hops under about 1000, got {theta:g}; use method=MatrixExp()"
+            )
+        return max(k, 1)
+
+    def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
+        theta = theta.to(torch.float64)
+        k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
+        onward = theta / (1 + theta)
+        return _lump((1 - onward) * onward**k)

@@ -1,0 +1,177 @@
+"""Scores → rates: rate functions, and masks through which exp(tQ) does not leak."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liegroup_attn.errors import DtypeError, GeneratorError, MaskError
+
+__all__ = ["Mask", "check_finite", "exponential", "prepare_mask", "softplus", "squared_relu"]
+
+
+def exponential(scores: Tensor) -> Tensor:
+    """Exponential rates r = eˢ, under which softmax is the jump chain: scores are log-rates.
+
+    Unbounded: at ‖Q‖ near 2000 the rows of a float32 exponential are off by 3e-5. Prefer ``rate_fn=None``, the
+    same chain with bounded jump rates, unless the size of the scores carries meaning.
+
+    Args:
+        scores: (...), any real.
+
+    Returns:
+        (...), rates > 0.
+
+    Example:
+        >>> exponential(torch.tensor([0.0]))
+        tensor([1.])
+    """
+    return scores.exp()
+
+
+def softplus(scores: Tensor) -> Tensor:
+    """Softplus rates r = log(1 + eˢ): positive, linear for large scores.
+
+    Args:
+        scores: (...), any real.
+
+    Returns:
+        (...), rates > 0.
+
+    Example:
+        >>> softplus(torch.tensor([0.0]))
+        tensor([0.6931])
+    """
+    return F.softplus(scores)
+
+
+def squared_relu(scores: Tensor) -> Tensor:
+    """Squared-ReLU rates r = max(s, 0)²: sparse, a negative score closes the edge.
+
+    Args:
+        scores: (...), any real.
+
+    Returns:
+        (...), rates ≥ 0.
+
+    Example:
+        >>> squared_relu(torch.tensor([-1.0, 3.0]))
+        tensor([0., 9.])
+    """
+    return F.relu(scores).square()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise GeneratorError on NaN or inf; on a GPU and under torch.compile it looks at nothing (a sync)."""
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(tensor).all()):
+        raise GeneratorError(
+            f"{name}: expected finite entries, got NaN or inf; look for a diverged layer (lower the learning rate, "
+            "clip gradients) or an overflow in half precision"
+        )
+
+
+class Mask(NamedTuple):
+    """A mask made safe for softmax: rows without a target are opened, and named so that they keep their value."""
+
+    attn_mask: Tensor | None  # bool or float, broadcastable to (..., N, N); no row is empty
+    no_target: Tensor | None  # (..., N or 1, 1) bool: rows that had no allowed target
+
+    def masked(self) -> Tensor | None:
+        """Bool, True = takes no part, as given (a row without a target is all True); None where all take part."""
+        if self.attn_mask is None or self.no_target is None:
+            return None
+        hidden = ~self.attn_mask if self.attn_mask.dtype == torch.bool else self.attn_mask == -torch.inf
+        return hidden | self.no_target
+
+
+def prepare_mask(
+    attn_mask: Tensor | None, is_causal: bool, scores_shape: torch.Size, dtype: torch.dtype, allow_open_mask: bool
+) -> Mask:
+    """Check a mask at the public door and make it safe.
+
+    exp(tQ) reaches every token that can be reached by several allowed hops, so a mask must be transitively closed,
+    and a token that others see and that sees others must see itself.
+
+    Args:
+        attn_mask: broadcastable to (..., N, N); bool (True = takes part) or float (added to the scores).
+        is_causal: lower-triangular mask; excludes ``attn_mask``.
+        scores_shape: (..., N, N).
+        dtype: of the scores; a float mask must have it.
+        allow_open_mask: skip the closure check.
+
+    Returns:
+        The safe mask.
+
+    Raises:
+        MaskError: wrong shape, NaN or +inf, both masks given, or not transitively closed.
+        DtypeError: neither bool nor the scores' dtype.
+
+    Example:
+        >>> window = torch.ones(3, 3, dtype=torch.bool).tril().triu(-1)
+        >>> prepare_mask(window, False, torch.Size([3, 3]), torch.float32, False)
+        Traceback (most recent call last):
+        ...
+        liegroup_attn.errors.MaskError: attn_mask: expected a transitively closed mask, got one through which token 2 \
+reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let exp(tQ) fill it
+    """
+    if attn_mask is None:
+        return Mask(None, None)
+    if is_causal:
+        raise MaskError("attn_mask: expected None beside is_causal=True, got both; pass attn_mask & causal as one mask")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype != dtype:
+        raise DtypeError(
+            f"attn_mask: expected torch.bool (True = takes part) or {dtype} as the query, got {attn_mask.dtype}; convert it"
+        )
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, scores_shape) == scores_shape and attn_mask.dim() >= 2
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise MaskError(
+            f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
+            f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
+        )
+    if attn_mask.dtype == torch.bool:
+        allowed = attn_mask
+        no_target = ~allowed.any(-1, keepdim=True)
+        safe = attn_mask | no_target
+    else:
+        allowed = attn_mask > -torch.inf
+        no_target = ~allowed.any(-1, keepdim=True)
+        safe = attn_mask.masked_fill(no_target, 0.0)
+        check_finite("attn_mask (apart from -inf)", attn_mask.detach().masked_fill(attn_mask == -torch.inf, 0.0))
+    if not allow_open_mask and not torch.compiler.is_compiling():
+        _check_closed(allowed, no_target)
+    return Mask(safe, no_target)
+
+
+def _check_closed(allowed: Tensor, no_target: Tensor) -> None:
+    """Raise unless several allowed hops lead only where one allowed hop leads."""
+    if allowed.size(-2) == 1:  # key padding: every row sees the same keys, hence closed
+        return
+    n = allowed.size(-1)
+    allowed = allowed.expand(*allowed.shape[:-2], n, n)
+    eye = torch.eye(n, dtype=torch.bool, device=allowed.device)
+    onward = allowed & ~eye
+    seen = onward.any(-2)  # tokens that some other token sees
+    self_hidden = seen & ~allowed.diagonal(dim1=-2, dim2=-1) & ~no_target.squeeze(-1)
+    if bool(self_hidden.any()):
+        token = int(self_hidden.nonzero()[0, -1])
+        raise MaskError(
+            f"attn_mask: expected every token that is seen to see itself, got token {token} hidden from itself; "
+            "set the mask's diagonal to True, or pass allow_open_mask=True"
+        )
+    hops = onward.to(torch.float32)
+    leak = (hops @ hops > 0) & ~allowed & ~eye
+    if bool(leak.any()):
+        where = leak.nonzero()[0]
+        source, target = int(where[-2]), int(where[-1])
+        batch = tuple(where[:-2].tolist())
+        via = int((onward[batch][source] & onward[batch][:, target]).nonzero()[0, 0])
+        raise MaskError(
+            f"attn_mask: expected a transitively closed mask, got one through which token {source} reaches token "
+            f"{target} by way of token {via}; close it, or pass allow_open_mask=True to let exp(tQ) fill it"
+        )
