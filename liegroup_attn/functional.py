@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.clocks import Clock, ExponentialClock, FixedClock
+from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError, check_shape
-from liegroup_attn.expm import MatrixExp, Method, TriangularSolve, Uniformization
+from liegroup_attn.expm import MatrixExp, Method, Uniformization, choose_method
 from liegroup_attn.expm.base import per_row
 from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator, _at_least_float32
 from liegroup_attn.rates import prepare_mask
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
 
-_MOST_HOPS = 64  # beyond this many hops a dense method is cheaper at every N that fits in memory
+_TOL = 1e-7  # for choosing; the hops themselves go to the rounding unit of the input
 
 
 def expm_multiply(
@@ -36,8 +36,7 @@ def expm_multiply(
         value: (..., N, D).
         time: mean of τ, ≥ 0, a number or broadcastable to (..., N), one per query row; (heads, 1) is one per head.
         clock: law of τ; None is the fixed clock τ = t, i.e. exp(tQ)V.
-        method: how. None chooses ``Uniformization`` while it needs at most 64 hops; beyond that the triangular solve
-            for a causal exponential clock, else ``MatrixExp``. One time per query row is always ``Uniformization``.
+        method: how. None chooses by N, the number of hops, clock and causality, see ``expm.choose_method``.
 
     Returns:
         (..., N, D), dtype of ``value``; each output is a convex combination of values.
@@ -302,13 +301,12 @@ def _check_time(time: Tensor | float, rows: torch.Size | None) -> Tensor:
 
 
 def _choose(generator: Generator, time: Tensor, clock: Clock) -> Method:
-    """Hops while there are few of them; else the dense form that suits the clock."""
-    if per_row(time):
-        return Uniformization()
-    hops = float((time.detach() * generator.rate_bound()).max()) if time.numel() else 0.0
-    tol = 1e-7
-    if hops < _MOST_HOPS and clock.terms(hops, tol) <= _MOST_HOPS:
-        return Uniformization()
-    if isinstance(clock, ExponentialClock) and generator.is_causal:
-        return TriangularSolve()
-    return MatrixExp()
+    longest = float((time.detach() * generator.rate_bound()).max()) if time.numel() else 0.0
+    return choose_method(
+        clock,
+        longest,
+        _TOL,
+        num_tokens=generator.num_states,
+        is_causal=generator.is_causal,
+        per_row=per_row(time),
+    )

@@ -1,0 +1,76 @@
+"""The command line: ``liegroup-attn fit|validate|test|predict`` on LightningCLI, and the comparison."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI
+
+from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
+
+__all__ = ["LieCLI", "main"]
+
+_EXPERIMENTS = {"compare": "experiments.compare", "draw": "experiments.draw"}
+_USAGE = """\
+liegroup-attn: attention that mixes tokens with exp(tQ)
+
+  liegroup-attn fit|validate|test|predict --config FILE [--config FILE …] [--KEY VALUE …]
+        train or run one model; --help after the word lists every key
+  liegroup-attn compare [--help]    train every variant side by side, then the table and figures (from a clone)
+  liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
+"""
+
+
+class LieCLI(LightningCLI):
+    """LightningCLI for any module and data module, with exact resumption and the generator monitor on."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [ExactResume(), GeneratorMonitor()]},
+            **options,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``liegroup-attn``; a wrong input ends in one sentence and exit status 1 or 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return
+    # Named here, so that a config may say LanguageModel instead of the whole path.
+    import liegroup_attn.lightning
+
+    assert liegroup_attn.lightning
+    try:
+        if argv[0] in _EXPERIMENTS:
+            _run_experiments(_EXPERIMENTS[argv[0]], argv)
+        else:
+            # LightningCLI wants the arguments in one place only.
+            sys.argv = ["liegroup-attn", *argv]
+            LieCLI()
+    except (ValueError, TypeError, FileNotFoundError, ConnectionError) as error:
+        # What the user can mend; anything else is a bug and keeps its traceback.
+        print(f"liegroup-attn: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run_experiments(module: str, argv: list[str]) -> None:
+    sys.path.insert(0, "")
+    try:
+        sys.argv = [f"liegroup-attn {argv[0]}", *argv[1:]]
+        runpy.run_module(module, run_name="__main__")
+    except ModuleNotFoundError as error:
+        if error.name not in ("experiments", module):
+            raise
+        raise FileNotFoundError(
+            f"{module}: expected the repository's folder experiments/ here, got none; run this in a clone of the repository"
+        ) from None

@@ -1,0 +1,279 @@
+"""LightningModules: language modelling, and classification of every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.lightning.optim import build_optimizer, warmup_cosine
+from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
+from liegroup_attn.nn import AttentionRecipe, Transformer
+
+__all__ = ["TEST_SETS", "LanguageModel", "TokenClassifier"]
+
+TEST_SETS = ("test", "deeper")
+
+
+class _Trained(L.LightningModule):
+    """What both share: one optimizer, one schedule, and hyperparameters that are plain values."""
+
+    hparams: Any
+
+    def configure_optimizers(self) -> Any:
+        h = self.hparams
+        optimizer = build_optimizer(self, h.learning_rate, h.weight_decay)
+        schedule = warmup_cosine(optimizer, h.warmup_steps, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        given = set(checkpoint["state_dict"])
+        own = set(self.state_dict())
+        if given != own:
+            different = sorted(given ^ own)
+            raise ValueError(
+                f"checkpoint: expected the parameters of attention={dict(self.hparams.attention)}, got a checkpoint that differs in "
+                f"{len(different)} of them ({', '.join(different[:3])} …); it was trained with another variant, load it with that config"
+            )
+
+
+class LanguageModel(_Trained):
+    """A causal Transformer that predicts the next token; bytes by default.
+
+    Args:
+        attention: recipe, e.g. ``{"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock"}``.
+        vocab_size: number of tokens; 256 for bytes.
+        width: C, model width.
+        depth: number of blocks.
+        num_heads: H.
+        mlp_ratio: hidden width of the feed-forward layer over C.
+        dropout: on attention entries and residual branches, in training.
+        rotary_layout: "half_split" or "interleaved"; null for no positions.
+        rotary_base: of the RoPE frequencies.
+        learning_rate: after warm-up; falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        warmup_steps: of the linear rise.
+
+    Batches are ``{"tokens": (B, N), "targets": (B, N)}``. Logs ``train/loss`` and, for validation and test, loss
+    (nats), perplexity and bits per byte.
+
+    Example:
+        >>> model = LanguageModel({"module": "LieAttention"}, width=16, depth=1, num_heads=2)
+        >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
+        torch.Size([1, 5, 256])
+    """
+
+    def __init__(
+        self,
+        attention: AttentionRecipe,
+        vocab_size: int = 256,
+        width: int = 128,
+        depth: int = 2,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        rotary_layout: str | None = "half_split",
+        rotary_base: float = 10_000.0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            attention,
+            is_causal=True,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            rotary_layout=rotary_layout,
+            rotary_base=rotary_base,
+        )
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.validation_perplexity, self.test_perplexity = Perplexity(), Perplexity()
+        self.validation_bits, self.test_bits = BitsPerByte(), BitsPerByte()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token scores, (B, N) → (B, N, V)."""
+        return self.head(self.transformer(self.embedding(tokens)))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch["tokens"]).flatten(0, 1).float(), batch["targets"].flatten())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "validation", self.validation_perplexity, self.validation_bits)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_perplexity, self.test_bits)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, perplexity: Perplexity, bits: BitsPerByte) -> None:
+        scores = self(batch["tokens"]).float()
+        perplexity.update(scores, batch["targets"])
+        bits.update(scores, batch["targets"])
+        loss = F.cross_entropy(scores.flatten(0, 1), batch["targets"].flatten())
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(scores), sync_dist=True)
+        self.log(f"{stage}/perplexity", perplexity, batch_size=len(scores))
+        self.log(f"{stage}/bits_per_byte", bits, batch_size=len(scores))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Most probable next token at every position, (B, N)."""
+        return self(batch["tokens"]).argmax(-1)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, seed: int | None = None
+    ) -> Tensor:
+        """Continue a prompt, computing the whole sequence anew for each token.
+
+        Args:
+            tokens: (B, N ≥ 1), integer.
+            max_new_tokens: ≥ 0.
+            temperature: of the sampling; 0 takes the most probable token.
+            seed: of the sampling; None uses torch's global generator.
+
+        Returns:
+            (B, N + max_new_tokens).
+
+        Raises:
+            ShapeError: no prompt.
+            GeneratorError: negative temperature.
+        """
+        if tokens.dim() != 2 or tokens.size(1) == 0:
+            raise ShapeError(
+                f"tokens: expected (batch, at least 1), got {tuple(tokens.shape)}; start from a newline byte"
+            )
+        if temperature < 0:
+            raise GeneratorError(f"temperature: expected ≥ 0, got {temperature}; 0 takes the most probable token")
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            scores = self(tokens)[:, -1].float()
+            if temperature == 0:
+                new = scores.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, new], 1)
+        self.train(was_training)
+        return tokens
+
+
+class TokenClassifier(_Trained):
+    """A bidirectional Transformer that assigns a class to every token of a set.
+
+    A token is a tuple of integer fields; each field has an embedding table and a token is the sum of its fields'.
+
+    Args:
+        attention: recipe, e.g. ``{"module": "LieAttention", "time": 4.0}``.
+        vocab_size: number of values of a field, and of classes.
+        num_fields: F.
+        report_depth: largest depth counted at test time.
+        width: C, model width.
+        depth: number of blocks.
+        num_heads: H.
+        mlp_ratio: hidden width of the feed-forward layer over C.
+        dropout: on attention entries and residual branches, in training.
+        rotary_layout: null (default), since tokens are a set; or "half_split" or "interleaved".
+        rotary_base: of the RoPE frequencies.
+        learning_rate: after warm-up; falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        warmup_steps: of the linear rise.
+
+    Batches are ``{"tokens": (B, N, F), "labels": (B, N), "depth": (B, N)}``. Logs ``train/loss``; loss and accuracy for
+    validation; accuracy and accuracy by depth for each test set, the first named ``test``, the second ``deeper``.
+
+    Example:
+        >>> model = TokenClassifier({"module": "LieAttention"}, vocab_size=10, width=16, num_heads=2)
+        >>> model(torch.zeros(1, 5, 2, dtype=torch.long)).shape
+        torch.Size([1, 5, 10])
+    """
+
+    def __init__(
+        self,
+        attention: AttentionRecipe,
+        vocab_size: int = 48,
+        num_fields: int = 2,
+        report_depth: int = 28,
+        width: int = 64,
+        depth: int = 1,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        rotary_layout: str | None = None,
+        rotary_base: float = 10_000.0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, width) for _ in range(num_fields))
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            attention,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            rotary_layout=rotary_layout,
+            rotary_base=rotary_base,
+        )
+        self.head = nn.Linear(width, vocab_size)
+        self.validation_accuracy = MulticlassAccuracy(vocab_size, average="micro")
+        self.test_by_depth = nn.ModuleList(AccuracyByDepth(report_depth) for _ in TEST_SETS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Class scores, (B, N, F) → (B, N, V)."""
+        if tokens.dim() != 3 or tokens.size(-1) != len(self.embeddings):
+            raise ShapeError(
+                f"tokens: expected (batch, tokens, {len(self.embeddings)} fields), got {tuple(tokens.shape)}; one column a field"
+            )
+        x = sum(table(tokens[..., f]) for f, table in enumerate(self.embeddings))
+        return self.head(self.transformer(x))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch["tokens"]).flatten(0, 1).float(), batch["labels"].flatten())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        scores = self(batch["tokens"]).float()
+        self.log(
+            "validation/loss",
+            F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten()),
+            batch_size=len(scores),
+            sync_dist=True,
+        )
+        self.validation_accuracy.update(scores.flatten(0, 1), batch["labels"].flatten())
+        self.log("validation/accuracy", self.validation_accuracy, prog_bar=True, batch_size=len(scores))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx >= len(TEST_SETS):
+            raise ValueError(f"test sets: expected at most {len(TEST_SETS)}, got {dataloader_idx + 1}; drop the others")
+        self._by_depth()[dataloader_idx].update(self(batch["tokens"]), batch["labels"], batch["depth"])
+
+    def on_test_epoch_end(self) -> None:
+        for name, metric in zip(TEST_SETS, self._by_depth(), strict=True):
+            if not metric.update_called:
+                continue
+            self.log(f"{name}/accuracy", metric.overall(), add_dataloader_idx=False)
+            for depth, accuracy in enumerate(metric.compute().tolist()):
+                if accuracy == accuracy:  # NaN: no token so deep
+                    self.log(f"{name}/accuracy_at_depth_{depth:02d}", accuracy)
+            metric.reset()
+
+    def _by_depth(self) -> list[AccuracyByDepth]:
+        return [m for m in self.test_by_depth if isinstance(m, AccuracyByDepth)]
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Most probable class of every token, (B, N)."""
+        return self(batch["tokens"]).argmax(-1)

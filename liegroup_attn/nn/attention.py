@@ -1,0 +1,337 @@
+"""Self-attention modules with the same projections; only ``mix`` differs."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
+from liegroup_attn.expm import Method, choose_method
+from liegroup_attn.functional import lie_attention
+from liegroup_attn.generators import SoftmaxGenerator
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
+from liegroup_attn.positional import RotaryEncoding
+
+__all__ = ["LieAttention", "SelfAttention", "SoftmaxAttention", "scale_time"]
+
+
+class SelfAttention(nn.Module, ABC):
+    """Multi-head self-attention but for how values are mixed.
+
+    Args:
+        embed_dim: C, model width.
+        num_heads: H, divides C.
+        num_kv_heads: heads of keys and values, divides H; default H.
+        is_causal: lower-triangular mask.
+        rotary: position encoding of queries and keys; None for none.
+        dropout: probability of dropping an entry of S, in training.
+        bias: of the four projections.
+
+    Raises:
+        ShapeError: widths or heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        is_causal: bool = False,
+        rotary: RotaryEncoding | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or embed_dim % num_heads or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ShapeError(
+                f"num_heads: expected a divisor of embed_dim={embed_dim} and a multiple of num_kv_heads={num_kv_heads}, "
+                f"got {num_heads}; change one of the three"
+            )
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.head_width = embed_dim // num_heads
+        if rotary is not None and rotary.head_width != self.head_width:
+            raise ShapeError(
+                f"rotary: expected head_width={self.head_width}, got {rotary.head_width}; it is embed_dim // num_heads"
+            )
+        self.is_causal = is_causal
+        self.dropout = dropout
+        self.rotary = rotary
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, dropout={self.dropout}"
+
+    @abstractmethod
+    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Mix values over tokens.
+
+        Args:
+            x: (B, N, C), the layer's input.
+            query: (B, H, N, D).
+            key: (B, H_kv, N, D).
+            value: (B, H_kv or H, N, any width).
+            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float.
+
+        Returns:
+            (B, H, N, width of value).
+        """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, C).
+            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores).
+            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1.
+
+        Returns:
+            (B, N, C).
+
+        Raises:
+            ShapeError: ``x`` is not (B, N, C).
+        """
+        query, key, value = self._project(x, positions)
+        mixed = self.mix(x, query, key, value, attn_mask)  # (B, H, N, D)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def mixing_matrix(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """What multiplies the values: softmax weights, exp(tQ), or what the switches make of it.
+
+        Args:
+            x: (B, N, C), the layer's input.
+            attn_mask: as in ``forward``.
+            positions: as in ``forward``.
+
+        Returns:
+            (B, H, N, N); rows sum to 1 (without dropout).
+        """
+        query, key, value = self._project(x, positions)
+        eye = torch.eye(x.size(1), dtype=value.dtype, device=x.device)
+        return self.mix(x, query, key, eye.expand(*value.shape[:2], -1, -1), attn_mask)
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_shape("x", x, least_rank=3, remedy="give (batch, tokens, width)")
+        if x.dim() != 3 or x.size(-1) != self.embed_dim:
+            raise ShapeError(f"x: expected (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}; match embed_dim")
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
+        key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
+        value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
+        if self.rotary is not None:
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        return query, key, value
+
+
+class SoftmaxAttention(SelfAttention):
+    """Standard attention: values are mixed by S = softmax(scores).
+
+    Args: those of ``SelfAttention``.
+
+    Example:
+        >>> layer = SoftmaxAttention(16, 2, is_causal=True)
+        >>> layer(torch.zeros(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
+
+    Source: [Vaswani2017]_.
+    """
+
+    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            self.dropout if self.training else 0.0,
+            self.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+
+
+class LieAttention(SelfAttention):
+    """Lie attention: values flow along the generator Q made from the scores, for a learned time.
+
+    Args:
+        embed_dim: C, model width.
+        num_heads: H, divides C.
+        time: initial t per head, in (0, max_time).
+        max_time: upper end of the learned time; it fixes the number of hops before data is seen. Default 2 · time.
+        learn_time: learn t per head, on the manifold ``OpenInterval(max_time)``.
+        learn_rates: learn jump rates per token and head, ρ = σ(w·x + b). They are functions of the data, not
+            parameters with a constraint, hence free parameters behind a sigmoid.
+        rate: initial ρ, in (0, 1); used only with ``learn_rates``, else ρ = 1.
+        first_hop: the query first jumps to a token, then the chain runs; with t → 0 this is softmax attention.
+        clock: law of the time; None is fixed (Poisson hops), ``ExponentialClock()`` the resolvent.
+        rate_fn: scores → rates; None is the jump chain.
+        tol: largest probability of hops beyond those computed.
+        method: how exp(tQ)V is computed. None chooses by N, clock and the hops that ``max_time`` and ``tol`` ask for, see
+            ``expm.choose_method``.
+        **options: those of ``SelfAttention``.
+
+    Raises:
+        GeneratorError: time outside (0, max_time), rate outside (0, 1).
+
+    Example:
+        >>> from liegroup_attn import ExponentialClock
+        >>> layer = LieAttention(16, 2, is_causal=True, first_hop=True, clock=ExponentialClock())
+        >>> layer(torch.zeros(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
+
+    Source: docs/mathematics.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        time: float = 1.0,
+        max_time: float | None = None,
+        learn_time: bool = True,
+        learn_rates: bool = True,
+        rate: float = 0.5,
+        first_hop: bool = False,
+        clock: Clock | None = None,
+        rate_fn: Callable[[Tensor], Tensor] | None = None,
+        tol: float = 1e-3,
+        method: Method | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, **options)  # type: ignore[arg-type]
+        max_time = 2 * time if max_time is None else max_time
+        if not 0 < time < max_time or not math.isfinite(max_time):
+            raise GeneratorError(
+                f"time: expected 0 < time < max_time < inf, got time={time}, max_time={max_time}; raise max_time"
+            )
+        if not 0 < rate < 1:
+            raise GeneratorError(f"rate: expected 0 < rate < 1, got {rate}; start near 1 for fast tokens")
+        self.max_time = max_time
+        self.time_scale = 1.0
+        self.first_hop = first_hop
+        self.clock = clock
+        self.rate_fn = rate_fn
+        self.tol = tol
+        self.method = method
+        start = torch.full((num_heads, 1), float(time))
+        if learn_time:
+            self.time = ManifoldParameter(start, manifold=OpenInterval(max_time))
+        else:
+            self.register_buffer("time", start)
+        if learn_rates:
+            # Zero weights draw no random numbers, so softmax attention under the same seed starts identical.
+            self.rate_weight = nn.Parameter(torch.zeros(num_heads, embed_dim))
+            self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate))))
+        self.learn_rates = learn_rates
+
+    def extra_repr(self) -> str:  # noqa: D102
+        switches = f"first_hop={self.first_hop}, clock={self.clock}, max_time={self.max_time:g}"
+        return f"{super().extra_repr()}, {switches}"
+
+    def jump_rates(self, x: Tensor) -> Tensor | None:
+        """ρ per token.
+
+        Args:
+            x: (B, N, C).
+
+        Returns:
+            (B, H, N) in (0, 1), or None for 1.
+        """
+        if not self.learn_rates:
+            return None
+        return F.linear(x, self.rate_weight, self.rate_bias).sigmoid().transpose(1, 2)
+
+    def generator(
+        self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> SoftmaxGenerator:
+        """Q of the layer's input (with ``rate_fn=None``).
+
+        Args:
+            x: (B, N, C).
+            attn_mask: as in ``forward``.
+            positions: as in ``forward``.
+
+        Returns:
+            The generator on (B, H, N, N).
+
+        Raises:
+            GeneratorError: the layer has a rate_fn.
+        """
+        if self.rate_fn is not None:
+            raise GeneratorError(
+                "rate_fn: expected None for a SoftmaxGenerator, got a rate function; use mixing_matrix"
+            )
+        query, key, _ = self._project(x, positions)
+        key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+        return SoftmaxGenerator(
+            query, key, jump_rates=self.jump_rates(x), attn_mask=attn_mask, is_causal=self.is_causal
+        )
+
+    def flow_time(self) -> Tensor:
+        """t per head as used, (H, 1): learned time × ``time_scale``."""
+        return self.time * self.time_scale
+
+    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+        return lie_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            self.dropout if self.training else 0.0,
+            self.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+            time=self.flow_time(),
+            jump_rates=self.jump_rates(x),
+            first_hop=self.first_hop,
+            clock=self.clock,
+            rate_fn=self.rate_fn,
+            method=self._method(x.size(1)),
+        )
+
+    def _method(self, num_tokens: int) -> Method | None:
+        if self.method is not None or self.rate_fn is not None:
+            return self.method
+        return choose_method(
+            self.clock or FixedClock(),
+            self.max_time * self.time_scale,
+            self.tol,
+            num_tokens=num_tokens,
+            is_causal=self.is_causal,
+            per_row=False,
+            fixed_terms=True,
+        )
+
+
+def scale_time(module: nn.Module, factor: float) -> int:
+    """Run every Lie attention in a module for ``factor`` times its learned time: depth as a test-time knob.
+
+    Args:
+        module: any module; nothing in it is retrained.
+        factor: ≥ 0, relative to the learned time; 1 restores it.
+
+    Returns:
+        How many layers were set.
+
+    Raises:
+        GeneratorError: negative or non-finite factor, or no Lie attention inside.
+
+    Example:
+        >>> scale_time(LieAttention(8, 2), 4.0)
+        1
+    """
+    if not (factor >= 0 and math.isfinite(factor)):
+        raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {factor}; the flow runs forward only")
+    layers = [m for m in module.modules() if isinstance(m, LieAttention)]
+    if not layers:
+        raise GeneratorError("module: expected a LieAttention inside, got none; only Lie attention has a time")
+    for layer in layers:
+        layer.time_scale = float(factor)
+    return len(layers)
