@@ -15,7 +15,7 @@ from liegroup_attn.plots._style import GREY, assign_colors, figure_of, lighten, 
 
 __all__ = ["plot_accuracy_by_depth", "plot_curves"]
 
-MARKERS = "osD^vPX"  # told apart in grey, too
+MARKERS = "osD^vP"  # told apart in grey, too; one fewer than colours, so that pairs repeat late
 
 
 def plot_curves(
@@ -103,21 +103,14 @@ def plot_accuracy_by_depth(
     figure, ax = plot_curves(curves, ax=ax, xlabel="depth (hops to the answer)", ylabel="accuracy (%)", colors=colors)
     ax.set_ylim(0, 102)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if trained_depth is not None:
+    deepest = max((len(x) - 1 for x, _ in curves.values()), default=0)
+    if trained_depth is not None and trained_depth < deepest:
         left, right = ax.get_xlim()
         edge = trained_depth + 0.5
-        ax.axvspan(edge, max(right, edge), color="#F0F0F0", linewidth=0, zorder=0)
+        ax.axvspan(edge, right, color="#F0F0F0", linewidth=0, zorder=0)
         ax.axvline(edge, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        ax.set_xlim(left, max(right, edge))
-        ax.annotate(
-            "deeper than trained",
-            (edge, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=8,
-            color=GREY,
-        )
+        ax.set_xlim(left, right)
+        ax.text(edge, 1.01, " deeper than trained", transform=ax.get_xaxis_transform(), fontsize=8, color=GREY)
     return figure, ax
 
 

@@ -135,7 +135,7 @@ def _color_bar(ax: Axes, image: AxesImage) -> None:
         if tick <= top * (1 + 1e-9) and last - root >= 0.16 and root >= 0.16:
             ticks.append(tick)
             last = root
-    ticks = sorted({-tick for tick in ticks if low < 0} | set(ticks))
+    ticks = sorted([-tick for tick in ticks[1:] if low < 0] + ticks)
     bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "−") for tick in ticks])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=7, length=2, width=0.6, color=GREY)
