@@ -24,7 +24,7 @@ MOST_LABELS = 40  # tokens: more labels than this cannot be read
 def plot_matrices(
     matrices: Mapping[str, Any],
     *,
-    axes: Sequence[Axes] | None = None,
+    axes: Sequence[Axes] | np.ndarray | None = None,
     tokens: Sequence[str] | None = None,
 ) -> tuple[Figure, np.ndarray]:
     """Draw square matrices as a row of heat maps: rows are sources, columns targets.
@@ -67,7 +67,9 @@ def plot_matrices(
     return figure_of(panels[0]), panels
 
 
-def _check(arrays: dict[str, np.ndarray], axes: Sequence[Axes] | None, tokens: Sequence[str] | None) -> None:
+def _check(
+    arrays: dict[str, np.ndarray], axes: Sequence[Axes] | np.ndarray | None, tokens: Sequence[str] | None
+) -> None:
     if not arrays:
         raise ShapeError("matrices: expected at least one, got none; pass {title: matrix}")
     for title, array in arrays.items():

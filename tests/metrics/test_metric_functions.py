@@ -49,7 +49,18 @@ class TestExpectedHops:
         a, b = 3.0, 0.5
         got = expected_hops(torch.tensor([[-a, a], [b, -b]], dtype=torch.float64), time, exponential=exponential)
         expected = [two_states(a, b, time, exponential), two_states(b, a, time, exponential)]
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+        rtol = 1e-12 + 1e-14 * time  # squaring doubles the relative rounding error log₂‖tQ‖ times
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0)
+
+    def test_sink_column_costs_no_digits(self, exponential):
+        """N − 1 leaves that all jump to one sink: two lumped states, but a column N times as heavy as a row."""
+        n, a, b, time = 257, 3.0, 0.5, 8.0  # b/256 is exact
+        Q = -a * torch.eye(n, dtype=torch.float64)
+        Q[:, 0], Q[0, 1:], Q[0, 0] = a, b / (n - 1), -b
+        got = expected_hops(Q, time, exponential=exponential)
+        expected = torch.full((n,), two_states(a, b, time, exponential), dtype=torch.float64)
+        expected[0] = two_states(b, a, time, exponential)
+        torch.testing.assert_close(got, expected, rtol=2e-12, atol=0)  # untransposed: 5e-11
 
     @pytest.mark.parametrize("n", [1, 2, 7])
     def test_quadrature(self, exponential, n):

@@ -1,0 +1,1 @@
+"""The comparisons: one folder a question, one JSON a run, tables and figures made from those alone."""

@@ -1,0 +1,127 @@
+"""A run, its configuration and its result file: what compare writes and draw reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["BUDGETS", "EXPERIMENTS", "ROOT", "TITLES", "Run", "load_results", "variants_of", "write_json"]
+
+ROOT = Path(__file__).parent
+EXPERIMENTS = ("reachability", "language")
+BUDGETS = {"quick": (0,), "full": (0, 1, 2)}  # seeds by default
+
+# In the order of tables and legends.
+TITLES = {
+    "softmax": "softmax",
+    "softmax_2_blocks": "softmax, 2 blocks",
+    "softmax_4_blocks": "softmax, 4 blocks",
+    "exp": "exp(tQ)",
+    "first_hop_fixed": "first hop + fixed clock",
+    "first_hop_exponential": "first hop + exponential clock",
+}
+
+
+def variants_of(experiment: str) -> list[str]:
+    """Names of an experiment's overlays, in the order of TITLES."""
+    names = {path.stem for path in (ROOT / experiment / "variants").glob("*.yaml")}
+    return [name for name in TITLES if name in names] + sorted(names - set(TITLES))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: experiment × variant × budget × seed, with the trainer options given on the command line."""
+
+    experiment: str
+    variant: str
+    budget: str
+    seed: int
+    trainer: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Short and unique within an output folder."""
+        return f"{self.experiment}/{self.variant}-seed{self.seed}"
+
+    @property
+    def files(self) -> list[Path]:
+        """Base, budget and overlay, later ones override."""
+        folder = ROOT / self.experiment
+        return [
+            folder / "base.yaml",
+            folder / "budgets" / f"{self.budget}.yaml",
+            folder / "variants" / f"{self.variant}.yaml",
+        ]
+
+    def config(self) -> dict[str, Any]:
+        """The merged configuration."""
+        merged: dict[str, Any] = {}
+        for path in self.files:
+            _merge(merged, yaml.safe_load(path.read_text()))
+        _merge(merged, {"trainer": {key: yaml.safe_load(value) for key, value in self.trainer}})
+        return merged
+
+    def config_hash(self) -> str:
+        """Of the merged configuration; the seed is not part of it."""
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def arguments(self) -> list[str]:
+        """The run as arguments of LightningCLI."""
+        found = [part for path in self.files for part in ("--config", str(path))]
+        found += ["--seed_everything", str(self.seed), "--data.init_args.seed", str(self.seed)]
+        return found + [part for key, value in self.trainer for part in (f"--trainer.{key}", value)]
+
+    def result_path(self, output: Path) -> Path:
+        """Where its JSON lies when it is finished."""
+        return output / self.experiment / "results" / f"{self.variant}-seed{self.seed}.json"
+
+    def work_path(self, work: Path) -> Path:
+        """Where checkpoints, logs and progress lie while it runs; another configuration has another place."""
+        return work / self.experiment / f"{self.variant}-seed{self.seed}-{self.budget}-{self.config_hash()}"
+
+    def finished(self, output: Path) -> bool:
+        """Whether a result of exactly this configuration is there."""
+        path = self.result_path(output)
+        return path.exists() and json.loads(path.read_text())["config_hash"] == self.config_hash()
+
+
+def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]]]:
+    """Every result of an experiment: variant → its runs by seed, variants in the order of TITLES.
+
+    Raises:
+        ValueError: runs of one variant come from different configurations.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for variant in variants_of(experiment):
+        paths = sorted((output / experiment / "results").glob(f"{variant}-seed*.json"))
+        runs = sorted((json.loads(p.read_text()) for p in paths), key=lambda run: run["seed"])
+        if len({run["config_hash"] for run in runs}) > 1:
+            raise ValueError(
+                f"{experiment}/{variant}: expected runs of one configuration, got several in {output}; "
+                "delete the outdated files or choose another --output"
+            )
+        if runs:
+            found[variant] = runs
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

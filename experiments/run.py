@@ -1,0 +1,235 @@
+"""One run in a process of its own: train, test, write the result. ``compare`` starts these."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import resource
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from experiments.flops import flops_per_step
+from experiments.results import Run, write_json
+from liegroup_attn.lightning import ByteCorpus, TokenClassifier
+from liegroup_attn.lightning.callbacks import layer_inputs
+from liegroup_attn.lightning.cli import LieCLI
+from liegroup_attn.nn import LieAttention, scale_time
+
+TIME_SCALES = (1.0, 2.0, 4.0)  # all reported, none chosen
+MOST_DRAWN = 32  # tokens of the mixing matrices kept for figures
+
+
+class History(L.Callback):
+    """Validation metrics and time spent, kept in the checkpoint so that a resumed run has one history."""
+
+    def __init__(self, progress: Path) -> None:
+        self.progress = progress
+        self.points: list[dict[str, float]] = []
+        self.seconds = self.cpu_seconds = 0.0
+        self._since: tuple[float, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        seconds, cpu_seconds = self._spent()
+        return {"points": self.points, "seconds": seconds, "cpu_seconds": cpu_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint was written."""
+        self.points = list(state_dict["points"])
+        self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
+
+    def _spent(self) -> tuple[float, float]:
+        if self._since is None:
+            return self.seconds, self.cpu_seconds
+        wall, cpu = self._since
+        return self.seconds + time.perf_counter() - wall, self.cpu_seconds + time.process_time() - cpu
+
+    def _pause(self) -> None:
+        self.seconds, self.cpu_seconds = self._spent()
+        self._since = None
+
+    def _go_on(self) -> None:
+        self._since = (time.perf_counter(), time.process_time())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._go_on()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        point = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        self.points.append({"step": trainer.global_step, **point})
+        self._go_on()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step % 10 == 0:
+            loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+            write_json(self.progress, {"step": trainer.global_step, "steps": trainer.max_steps, "loss": loss})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one variant with one seed; resumes from its last checkpoint, writes its JSON at the end."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--experiment", required=True)
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--budget", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--trainer", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
+    args = parser.parse_args(argv)
+    run = Run(args.experiment, args.variant, args.budget, args.seed, tuple(map(tuple, args.trainer)))
+    result = train(run, args.work, args.threads)
+    if result is not None:
+        write_json(run.result_path(args.output), result)
+
+
+def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
+    """Train and test a run.
+
+    Returns:
+        The result, or None on ranks other than 0.
+    """
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    folder = run.work_path(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    history = History(folder / "progress.json")
+    # Written after each validation, when the history already has its point.
+    keep = ModelCheckpoint(folder, save_top_k=0, save_last=True, save_on_train_epoch_end=False)
+    cli = LieCLI(
+        callbacks=[history, keep],
+        run=False,
+        save_config_callback=None,
+        args=[
+            *run.arguments(),
+            "--trainer.default_root_dir",
+            str(folder),
+            "--trainer.logger",
+            "false",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.enable_model_summary",
+            "false",
+        ],
+    )
+    last = folder / "last.ckpt"
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.exists() else None)
+    tests = _test(cli)
+    if not cli.trainer.is_global_zero:
+        return None
+    config = run.config()
+    return {
+        "experiment": run.experiment,
+        "variant": run.variant,
+        "budget": run.budget,
+        "seed": run.seed,
+        "config_hash": run.config_hash(),
+        "config": config,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "steps": cli.trainer.global_step,
+        "parameters": sum(p.numel() for p in cli.model.parameters()),
+        "flops_per_step": _count_flops(cli),
+        "seconds": round(history.seconds, 1),
+        "cpu_seconds": round(history.cpu_seconds, 1),
+        "peak_memory_bytes": _peak_memory(cli.trainer),
+        "hardware": _hardware(cli.trainer, threads),
+        "versions": {name: version(name) for name in ("liegroup-attn", "torch", "lightning", "geoopt", "numpy")},
+        "python": platform.python_version(),
+        "data": cli.datamodule.facts() if isinstance(cli.datamodule, ByteCorpus) else None,
+        "curve": [{k: _round(v) for k, v in point.items()} for point in history.points],
+        "test": tests,
+        "mixing": _mixing(cli),
+    }
+
+
+def _test(cli: LieCLI) -> dict[str, dict[str, float]]:
+    """Final weights on the test split; for classification with Lie attention also with its time scaled."""
+    scales: tuple[float, ...] = (1.0,)
+    if isinstance(cli.model, TokenClassifier) and any(isinstance(m, LieAttention) for m in cli.model.modules()):
+        scales = TIME_SCALES
+    found = {}
+    for scale in scales:
+        if len(scales) > 1:
+            scale_time(cli.model, scale)
+        merged: dict[str, float] = {}
+        for metrics in cli.trainer.test(cli.model, cli.datamodule, verbose=False):
+            merged |= {re.sub(r"/dataloader_idx_\d+", "", k): _round(v) for k, v in metrics.items()}
+        found[f"time x{scale:g}"] = merged
+    if len(scales) > 1:
+        scale_time(cli.model, 1.0)
+    return found
+
+
+def _first_test_batch(cli: LieCLI) -> dict[str, torch.Tensor]:
+    loaders = cli.datamodule.test_dataloader()
+    return next(iter(loaders[0] if isinstance(loaders, list) else loaders))
+
+
+def _count_flops(cli: LieCLI) -> int:
+    cli.model.to("cpu").train()
+    return flops_per_step(cli.model, next(iter(cli.datamodule.train_dataloader())))
+
+
+def _mixing(cli: LieCLI) -> dict[str, Any]:
+    """The first block's mixing matrices, every head, on the first test example: the same input for every variant."""
+    batch = _first_test_batch(cli)
+    example = {key: value[:1, :MOST_DRAWN] for key, value in batch.items()}
+    cli.model.to("cpu").eval()
+    layer, x = layer_inputs(cli.model, example["tokens"])[0]
+    with torch.no_grad():
+        matrix = layer.mixing_matrix(x)[0]  # (H, N, N)
+    found = {key: value[0].tolist() for key, value in example.items() if key != "targets"}
+    return {**found, "heads": [[[round(p, 4) for p in row] for row in head] for head in matrix.tolist()]}
+
+
+def _round(value: float) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def _peak_memory(trainer: L.Trainer) -> int:
+    """Of the whole process: resident memory on CPU, the allocator's peak on a GPU."""
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _hardware(trainer: L.Trainer, threads: int) -> dict[str, Any]:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+        name = match.group(1) if match else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "devices": trainer.num_devices,
+        "precision": str(trainer.precision),
+    }
+
+
+if __name__ == "__main__":
+    main()
