@@ -2,9 +2,148 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
+from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
+from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matrices
+
+__all__ = ["draw"]
+
+# One colour a variant in every figure (Okabe–Ito).
+COLORS = {
+    TITLES["softmax"]: "#000000",
+    TITLES["softmax_2_blocks"]: "#7F7F7F",
+    TITLES["softmax_4_blocks"]: "#B5B5B5",
+    TITLES["exp"]: "#D55E00",
+    TITLES["first_hop_fixed"]: "#E69F00",
+    TITLES["first_hop_exponential"]: "#0072B2",
+}
+SCALED = 4  # of the time factors in the result files, the one that has a panel
 
 
-def draw(output: Path, experiments: list[str]) -> list[Path]:
-    """Draw; returns what was written."""
-    return []
+def draw(output: Path, experiments: Sequence[str] = EXPERIMENTS) -> list[Path]:
+    """Write table.md and figures/*.png of each experiment that has results.
+
+    Args:
+        output: holds ``<experiment>/results/*.json``; the repository's ``experiments`` folder also has its READMEs
+            filled.
+        experiments: names.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for experiment in experiments:
+        results = load_results(output, experiment)
+        if not results:
+            continue
+        folder = output / experiment
+        table = folder / "table.md"
+        table.write_text(render_table(experiment, results))
+        written.append(table)
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, figure in _figures(experiment, results).items():
+            path = folder / "figures" / f"{name}.png"
+            figure.savefig(path, dpi=160, bbox_inches="tight")
+            written.append(path)
+    if output.resolve() == ROOT.resolve():
+        written += [path for path in readmes() if path.exists() and fill_tables(path, output)]
+    return written
+
+
+def _figures(experiment: str, results: Results) -> dict[str, Figure]:
+    if experiment == "reachability":
+        found = {"curves": _curves(results, "validation/accuracy", "validation accuracy (%)", 100)}
+        return found | {"accuracy_by_depth": _by_depth(results), "mixing": _mixing(results, _forest_order)}
+    found = {"curves": _curves(results, "validation/loss", "validation loss (nats per byte)", 1)}
+    return found | {"mixing": _mixing(results, _text_order)}
+
+
+def _curves(results: Results, metric: str, label: str, factor: float) -> Figure:
+    curves = {}
+    for variant, runs in results.items():
+        steps = [point["step"] for point in runs[0]["curve"]]
+        values = [[factor * point[metric] for point in run["curve"]] for run in runs]
+        curves[TITLES.get(variant, variant)] = (steps, values)
+    figure, _ = plot_curves(curves, xlabel="training step", ylabel=label, colors=COLORS)
+    return figure
+
+
+def _by_depth(results: Results) -> Figure:
+    """Left: trained as tested. Right: the same weights, Lie attention run for longer."""
+    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    trained = max(len(accuracy_at_depths(run, "test")) for runs in results.values() for run in runs) - 1
+    for ax, scale, title in (
+        (axes[0], "time x1", "time as learned"),
+        (axes[1], f"time x{SCALED}", f"time × {SCALED} at test, nothing retrained"),
+    ):
+        accuracy = {
+            TITLES.get(variant, variant): [accuracy_at_depths(run, "deeper", scale) for run in runs]
+            for variant, runs in results.items()
+            if scale in runs[0]["test"] or scale == "time x1"
+        }
+        plot_accuracy_by_depth(accuracy, ax=ax, trained_depth=trained, colors=COLORS)
+        ax.set_title(title, fontsize=10, pad=16)
+    axes[1].set_ylabel("")
+    handles, labels = axes[0].get_legend_handles_labels()
+    for ax in axes:
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def _mixing(results: Results, order: Any) -> Figure:
+    """First block, every head, on the same input: one row a variant of one seed."""
+    shown = [v for v in ("softmax", "exp", "first_hop_exponential") if v in results] or list(results)[:3]
+    heads = len(results[shown[0]][0]["mixing"]["heads"])
+    figure = Figure(figsize=(2.7 * heads + 0.6, 2.6 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), heads, squeeze=False)
+    for row, variant in zip(grid, shown, strict=True):
+        mixing = results[variant][0]["mixing"]
+        places, names = order(mixing)
+        for head, (ax, matrix) in enumerate(zip(row, mixing["heads"], strict=True)):
+            sorted_matrix = [[matrix[i][j] for j in places] for i in places]
+            title = f"{TITLES.get(variant, variant)}\nhead {head}"
+            plot_matrices({title: sorted_matrix}, axes=[ax], tokens=names)
+            ax.tick_params(labelsize=4.5)
+    return figure
+
+
+def _forest_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Tokens by tree, then by depth, so that a root stands before its tree."""
+    order = sorted(range(len(mixing["labels"])), key=lambda i: (mixing["labels"][i], mixing["depth"][i]))
+    return order, [f"{node}→{parent}" for node, parent in (mixing["tokens"][i] for i in order)]
+
+
+def _text_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
+    names = {10: "↵", 32: "␣", 9: "⇥"}
+    return list(range(len(mixing["tokens"]))), [
+        names.get(byte, chr(byte) if 32 < byte < 127 else "·") for byte in mixing["tokens"]
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``liegroup-attn draw``."""
+    parser = argparse.ArgumentParser(prog="liegroup-attn draw", description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT, help="folder with results; default the committed ones")
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    args = parser.parse_args(argv)
+    written = draw(args.output, args.experiments)
+    if not written:
+        raise FileNotFoundError(
+            f"output: expected <experiment>/results/*.json in {args.output}, got none; run liegroup-attn compare first"
+        )
+    for path in written:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Timings and memory; ratios are measured within one run."""

@@ -1,0 +1,157 @@
+"""Markdown tables from result files: mean ± standard deviation over seeds."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.results import ROOT, TITLES, load_results
+
+__all__ = ["accuracy_at_depths", "fill_tables", "render_table"]
+
+Results = dict[str, list[dict[str, Any]]]
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def render_table(experiment: str, results: Results) -> str:
+    """The table of an experiment, with a line that says where its numbers come from.
+
+    Args:
+        experiment: its name.
+        results: variant → runs, as ``load_results`` returns them.
+
+    Returns:
+        Markdown.
+    """
+    header, row = {"reachability": (_REACHABILITY, _reachability), "language": (_LANGUAGE, _language)}[experiment]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
+    lines += [f"| {' | '.join(row(TITLES.get(name, name), runs))} |" for name, runs in results.items()]
+    return "\n".join([*lines, "", _provenance(experiment, results)]) + "\n"
+
+
+def fill_tables(path: Path, output: Path) -> bool:
+    """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
+
+    Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+    """
+    text = path.read_text()
+
+    def fill(match: re.Match[str]) -> str:
+        results = load_results(output, match[2])
+        return match[1] + render_table(match[2], results) + match[3] if results else match[0]
+
+    filled = _BLOCK.sub(fill, text)
+    if filled != text:
+        path.write_text(filled)
+    return filled != text
+
+
+def accuracy_at_depths(run: dict[str, Any], test_set: str, scale: str = "time x1") -> list[float]:
+    """Accuracy at depth 0, 1, … of one run (from 0 to 1), NaN where there was no token."""
+    metrics = run["test"].get(scale, run["test"]["time x1"])
+    prefix = f"{test_set}/accuracy_at_depth_"
+    depths = {int(key.removeprefix(prefix)): value for key, value in metrics.items() if key.startswith(prefix)}
+    return [depths.get(d, math.nan) for d in range(max(depths, default=-1) + 1)]
+
+
+_REACHABILITY = (
+    "one row a variant",
+    "blocks",
+    "parameters",
+    "accuracy %",
+    "worst trained depth %",
+    "deeper forests %, time ×1",
+    "×2",
+    "×4",
+    "GFLOP a step",
+    "CPU s",
+)
+
+
+def _reachability(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    def scaled(scale: str) -> str:
+        if scale not in runs[0]["test"]:
+            return "–"
+        return _spread((100 * run["test"][scale]["deeper/accuracy"] for run in runs), "{:.1f}")
+
+    return [
+        title,
+        str(runs[0]["config"]["model"]["init_args"]["depth"]),
+        f"{runs[0]['parameters']:,}",
+        _spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
+        _spread((100 * min(accuracy_at_depths(run, "test")) for run in runs), "{:.1f}"),
+        *(scaled(f"time x{factor}") for factor in (1, 2, 4)),
+        *_cost(runs),
+    ]
+
+
+_LANGUAGE = (
+    "one row a variant",
+    "parameters",
+    "validation nats per byte",
+    "test bits per byte",
+    "test perplexity",
+    "GFLOP a step",
+    "CPU s",
+    "peak MiB",
+)
+
+
+def _language(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    def test(key: str) -> str:
+        return _spread((run["test"]["time x1"][key] for run in runs), "{:.3f}")
+
+    return [
+        title,
+        f"{runs[0]['parameters']:,}",
+        _spread((run["curve"][-1]["validation/loss"] for run in runs), "{:.3f}"),
+        test("test/bits_per_byte"),
+        test("test/perplexity"),
+        *_cost(runs),
+        _spread((run["peak_memory_bytes"] / 2**20 for run in runs), "{:.0f}"),
+    ]
+
+
+def _cost(runs: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{runs[0]['flops_per_step'] / 1e9:.2f}",
+        _spread((run["cpu_seconds"] for run in runs), "{:.0f}"),
+    ]
+
+
+def _spread(values: Iterable[float], form: str) -> str:
+    numbers = list(values)
+    mean = form.format(statistics.fmean(numbers))
+    return f"{mean} ± {form.format(statistics.stdev(numbers))}" if len(numbers) > 1 else mean
+
+
+def _provenance(experiment: str, results: Results) -> str:
+    runs = [run for group in results.values() for run in group]
+
+    def each(get: Callable[[dict[str, Any]], Any]) -> str:
+        return ", ".join(sorted({str(get(run)) for run in runs}))
+
+    seeds = sorted({run["seed"] for run in runs})
+    spread = "mean ± s.d. over" if len(seeds) > 1 else "one run, no spread:"
+    parts = [
+        f"{spread} seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        f"{each(lambda r: r['steps'])} steps",
+        f"{each(lambda r: r['hardware']['name'])}, {each(lambda r: r['hardware']['threads'])} thread(s) a run, "
+        f"{each(lambda r: r['hardware']['precision'])}",
+        f"torch {each(lambda r: r['versions']['torch'])}",
+        each(lambda r: r["date"]),
+    ]
+    if experiment == "language":
+        parts.append(
+            f"corpus {each(lambda r: r['data']['source'])}, sha256 {each(lambda r: r['data']['sha256'][:12])}…"
+        )
+    return f"{'; '.join(parts)}. Written by `liegroup-attn draw` from `results/*.json`."
+
+
+def readmes() -> list[Path]:
+    """Files of the repository that hold tables."""
+    return [ROOT.parent / "README.md", *sorted(ROOT.glob("*/README.md"))]
