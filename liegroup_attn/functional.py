@@ -301,7 +301,8 @@ def _check_time(time: Tensor | float, rows: torch.Size | None) -> Tensor:
 
 
 def _choose(generator: Generator, time: Tensor, clock: Clock) -> Method:
-    longest = float((time.detach() * generator.rate_bound()).max()) if time.numel() else 0.0
+    hops = time.detach() * generator.rate_bound()
+    longest = float(hops.max()) if hops.numel() else 0.0
     return choose_method(
         clock,
         longest,

@@ -30,11 +30,11 @@ def choose_method(
     Args:
         clock: law of τ.
         longest: largest mean number of hops θ.
-        tol: tail that the hops may leave.
+        tol: tail that the counted hops may leave.
         num_tokens: N.
         is_causal: whether the generator is known to be lower triangular.
         per_row: one time per query row; only hops take that without N matrices.
-        fixed_terms: fix K for ``longest`` instead of looking at the time in each call.
+        fixed_terms: fix K by ``longest`` and ``tol``; else each call looks at its time and goes to the rounding unit.
 
     Returns:
         ``TriangularSolve`` for a causal exponential clock up to 4096 tokens; ``MatrixExp`` past 64 hops, or past 12
@@ -50,4 +50,4 @@ def choose_method(
         hops = clock.terms(longest, tol) if longest < _MOST_HOPS else _MOST_HOPS + 1
         if hops > _MOST_HOPS or (num_tokens <= _SMALL and hops > _SMALL_HOPS):
             return MatrixExp()
-    return Uniformization(max_terms=max(1, clock.terms(longest, tol))) if fixed_terms else Uniformization(tol)
+    return Uniformization(max_terms=max(1, clock.terms(longest, tol))) if fixed_terms else Uniformization()

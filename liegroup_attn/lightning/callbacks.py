@@ -25,7 +25,8 @@ class ExactResume(L.Callback):
     """Keep random number generators in the checkpoint, so that a resumed run equals the uninterrupted one.
 
     Lightning's checkpoints carry no generator states: dropout would draw other masks after a resume. States are stored as
-    tensors and lists and load under ``weights_only=True``.
+    tensors and lists and load under ``weights_only=True``. A ``DataLoader`` draws from torch's generator when it starts,
+    at other times in a resumed run: give yours ``generator=torch.Generator()``, as those of this library have.
     """
 
     def __init__(self) -> None:
@@ -44,8 +45,11 @@ class ExactResume(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # As late as can be: the sanity check and the loaders of a resumed run draw numbers before this.
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # As late as can be: new loaders and a sanity check draw numbers before this, and a run that resumes in
+        # mid-epoch never comes to on_train_epoch_start.
         if self._restored is None:
             return
         state, self._restored = self._restored, None
@@ -96,9 +100,10 @@ class GeneratorMonitor(L.Callback):
             pl_module.log_dict({f"lie/{i}/{name}": v for name, v in diagnose(layer, x).items()}, sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.figures or self._tokens is None or not trainer.is_global_zero or trainer.log_dir is None:
+        log_dir = trainer.log_dir  # a collective: every process has to ask
+        if not self.figures or self._tokens is None or not trainer.is_global_zero or log_dir is None:
             return
-        folder = Path(trainer.log_dir) / "figures"
+        folder = Path(log_dir) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         for i, (layer, x) in enumerate(layer_inputs(pl_module, self._tokens)):
             figure, _ = plot_matrices(matrices(layer, x[:1]))

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import runpy
 import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
+from liegroup_attn.errors import ConvergenceError
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 
 __all__ = ["LieCLI", "main"]
 
+_MENDABLE = (ValueError, TypeError, FileNotFoundError, ConnectionError, ConvergenceError, MisconfigurationException)
 _EXPERIMENTS = {"compare": "experiments.compare", "draw": "experiments.draw"}
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
@@ -27,7 +33,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
 class LieCLI(LightningCLI):
     """LightningCLI for any module and data module, with exact resumption and the generator monitor on."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, callbacks: Sequence[L.Callback] | None = None, **options: Any) -> None:
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -35,9 +41,16 @@ class LieCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [ExactResume(), GeneratorMonitor()]},
+            trainer_defaults={"callbacks": [ExactResume(), GeneratorMonitor(), *(callbacks or ())]},
             **options,
         )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning puts the checkpoint's hyperparameters over the config's: a softmax config with a checkpoint of Lie
+        # attention would silently run Lie attention. Here the config says what is built, the checkpoint must fit.
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ValueError(f"ckpt_path: expected a whole checkpoint, got {path}, which is none; take another")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         if argv[0] in _EXPERIMENTS:
             _run_experiments(_EXPERIMENTS[argv[0]], argv)
         else:
-            # LightningCLI wants the arguments in one place only.
-            sys.argv = ["liegroup-attn", *argv]
+            # LightningCLI wants the arguments in one place only; strategy ddp starts sys.argv[0] again.
+            sys.argv = [sys.argv[0], *argv]
             LieCLI()
-    except (ValueError, TypeError, FileNotFoundError, ConnectionError) as error:
+    except _MENDABLE as error:
         # What the user can mend; anything else is a bug and keeps its traceback.
         print(f"liegroup-attn: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -30,15 +30,28 @@ class _Trained(L.LightningModule):
         schedule = warmup_cosine(optimizer, h.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Beside hyper_parameters, which load_from_checkpoint(attention=…) overwrites before anyone can compare.
+        checkpoint["attention"] = dict(self.hparams.attention)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        given = set(checkpoint["state_dict"])
-        own = set(self.state_dict())
-        if given != own:
-            different = sorted(given ^ own)
+        given = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        different = sorted(name for name in given | own if given.get(name) != own.get(name))
+        stored = checkpoint.get("attention", self.hparams.attention)
+        if different or _law(stored) != _law(self.hparams.attention):
             raise ValueError(
-                f"checkpoint: expected the parameters of attention={dict(self.hparams.attention)}, got a checkpoint that differs in "
-                f"{len(different)} of them ({', '.join(different[:3])} …); it was trained with another variant, load it with that config"
+                f"checkpoint: expected the parameters of attention={dict(self.hparams.attention)}, got those of "
+                f"attention={dict(stored)}; {len(different)} names or shapes differ ({', '.join([*different[:3], '…'])}); it was "
+                "trained with another variant, load it with that config"
             )
+
+
+def _law(recipe: Any) -> tuple[Any, ...]:
+    """What a recipe computes that the names of its parameters do not tell."""
+    hop, clock = bool(recipe.get("first_hop")), recipe.get("clock") or "FixedClock"
+    max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
+    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time
 
 
 class LanguageModel(_Trained):

@@ -30,7 +30,7 @@ class OpenInterval(geoopt.Manifold):
         >>> x = torch.tensor([2.0])
         >>> line.expmap(x, torch.tensor([1e9]))
         tensor([4.0000])
-        >>> line.check_point(line.expmap(x, torch.tensor([1e9])))
+        >>> line.check_point_on_manifold(line.expmap(x, torch.tensor([1e9])))
         True
 
     Source: [Amari2016]_ (metric from a chart); docs/mathematics.
@@ -66,7 +66,7 @@ class OpenInterval(geoopt.Manifold):
     def projx(self, x: Tensor) -> Tensor:  # noqa: D102
         eps = torch.finfo(x.dtype).eps
         if math.isinf(self.upper):
-            return x.clamp(torch.finfo(x.dtype).tiny / eps, torch.finfo(x.dtype).max * eps)
+            return x.clamp(torch.finfo(x.dtype).tiny ** 0.5, torch.finfo(x.dtype).tiny ** -0.5)
         # Inside by one rounding unit of the chart, so that the metric stays finite.
         return x.clamp(self.upper * eps**2, self.upper * (1 - 2 * eps))
 
@@ -74,10 +74,11 @@ class OpenInterval(geoopt.Manifold):
         return u.expand(torch.broadcast_shapes(x.shape, u.shape))
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return u / self._slope(x).square()
+        return u / self._slope(x) / self._slope(x)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:  # noqa: D102
-        return self._slope(x).square() * u * (u if v is None else v)
+        # In this order: near the ends φ'² alone may overflow.
+        return (self._slope(x) * u) * (self._slope(x) * (u if v is None else v))
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:  # noqa: D102
         return self._slope(x) * u.abs()
@@ -102,10 +103,10 @@ class OpenInterval(geoopt.Manifold):
         *size: int | tuple[int, ...],
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        **kwargs: float,
+        std: float = 1.0,
     ) -> geoopt.ManifoldTensor:
         shape = geoopt.utils.size2shape(*size)
-        phi = torch.randn(*shape, dtype=dtype, device=device) * kwargs.get("std", 1.0)
+        phi = torch.randn(*shape, dtype=dtype, device=device) * std
         return geoopt.ManifoldTensor(self.from_chart(phi), manifold=self)
 
     def origin(  # noqa: D102

@@ -96,7 +96,7 @@ def attention_entropy(transition: Tensor) -> Tensor:
 
 
 def row_stochasticity_error(transition: Tensor) -> Tensor:
-    """How far a matrix is from being row-stochastic: max(|row sum − 1|, −least entry), 0 if it is.
+    """How far a matrix is from being row-stochastic: ``max(|row sum − 1|, −least entry)``, 0 if it is.
 
     Args:
         transition: (..., N, M).

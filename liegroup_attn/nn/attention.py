@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ class SelfAttention(nn.Module, ABC):
 
     Raises:
         ShapeError: widths or heads that do not divide.
+        ValueError: dropout outside [0, 1).
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class SelfAttention(nn.Module, ABC):
             raise ShapeError(
                 f"rotary: expected head_width={self.head_width}, got {rotary.head_width}; it is embed_dim // num_heads"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected 0 ≤ dropout < 1, got {dropout}; choose a probability")
         self.is_causal = is_causal
         self.dropout = dropout
         self.rotary = rotary
@@ -274,6 +278,21 @@ class LieAttention(SelfAttention):
         return SoftmaxGenerator(
             query, key, jump_rates=self.jump_rates(x), attn_mask=attn_mask, is_causal=self.is_causal
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        time, learned = state_dict.get(f"{prefix}time"), isinstance(self.time, ManifoldParameter)
+        if time is not None and not time.is_meta and not bool(((time >= 0) & (time <= self.max_time)).all()):
+            args[-1].append(
+                f"{prefix}time: expected values in (0, max_time={self.max_time:g}), got up to {float(time.max()):g}; "
+                "load it into a layer with the max_time it was trained with"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if learned and not isinstance(self.time, ManifoldParameter):  # assign=True put a plain parameter here
+            self.time = ManifoldParameter(self.time.detach(), manifold=OpenInterval(self.max_time))
+        if learned and not self.time.is_meta:
+            with torch.no_grad():
+                self.time.proj_()
 
     def flow_time(self) -> Tensor:
         """t per head as used, (H, 1): learned time × ``time_scale``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 import liegroup_attn
 from liegroup_attn.nn.attention import LieAttention, SelfAttention, SoftmaxAttention
@@ -64,6 +64,10 @@ def build_attention(
         raise ValueError(
             f"attention: expected keys from {allowed} for {name}, got {unknown or sorted(given)}; remove them"
         )
+    for key in ("clock", "rate_fn"):
+        names = get_args(get_type_hints(AttentionRecipe)[key])
+        if key in given and given[key] not in names:
+            raise ValueError(f"attention.{key}: expected one of {sorted(names)}, got {given[key]!r}; name one of them")
     if "clock" in given:
         given["clock"] = getattr(liegroup_attn, given["clock"])()
     if "rate_fn" in given:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_rotary
 
 __all__ = ["Block", "Transformer"]
@@ -71,6 +72,8 @@ class Transformer(nn.Module):
         rotary_base: float = 10_000.0,
     ) -> None:
         super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
         recipe = {"module": "SoftmaxAttention"} if attention is None else attention
         blocks = []
         for _ in range(depth):

@@ -142,12 +142,17 @@ class ByteCorpus(L.LightningDataModule):
         """Evenly spaced windows of the test split."""
         return self._eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader:
+        """What the tests see."""
+        return self.test_dataloader()
+
     def _eval_loader(self, split: str) -> DataLoader:
         text = self._splits[split]
         count = min(self.eval_windows, len(text) // (self.context + 1))
         starts = torch.arange(count) * (len(text) - self.context - 1) // max(count - 1, 1)
         windows = _Windows(text, starts, self.context)
-        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)
+        generator = torch.Generator()  # see ResumableLoader
+        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers, generator=generator)
 
 
 class _Windows(Dataset):

@@ -108,11 +108,16 @@ class RandomForests(L.LightningDataModule):
         deep = self._forests(3, self.test_size, self.deep_nodes, self.deep_depth)
         return [self._eval_loader(trained), self._eval_loader(deep)]
 
+    def predict_dataloader(self) -> list[DataLoader]:
+        """What the tests see."""
+        return self.test_dataloader()
+
     def _forests(self, split: int, size: int, nodes: int, depth: int) -> _Forests:
         return _Forests((self.seed, split), size, nodes, depth, self.vocab_size)
 
     def _eval_loader(self, forests: _Forests) -> DataLoader:
-        return DataLoader(forests, batch_size=self.batch_size, num_workers=self.num_workers)
+        generator = torch.Generator()  # see ResumableLoader
+        return DataLoader(forests, batch_size=self.batch_size, num_workers=self.num_workers, generator=generator)
 
 
 class _Forests(Dataset):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 __all__ = ["ResumableLoader"]
@@ -42,7 +43,9 @@ class ResumableLoader(DataLoader):
     _handed_out = 0  # batches of this epoch that the caller has, skipped ones included
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
-        super().__init__(dataset, **options)
+        # A generator of its own: by default a loader draws a number from torch's global one whenever it starts, and a
+        # resumed run, whose loaders start at other times, would then have other dropout.
+        super().__init__(dataset, **{"generator": torch.Generator(), **options})
         if isinstance(dataset, IterableDataset) or isinstance(self.sampler, RandomSampler):
             raise ValueError(
                 f"ResumableLoader: expected a map-style dataset in fixed order, got {type(dataset).__name__} with"

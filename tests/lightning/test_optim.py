@@ -1,0 +1,239 @@
+"""One optimizer for every variant: AdamW step for step on free parameters, Riemannian Adam on manifolds."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import geoopt
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, build_optimizer, warmup_cosine
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
+from liegroup_attn.nn import LieAttention, Transformer
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range, schedule=None) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 5, generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), torch.randint(3, (4,), generator=generator)).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+# AdamW on free parameters
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95)])
+@pytest.mark.parametrize("rate", [1e-3, 3e-2])
+def test_on_free_parameters_it_is_adamw(decay, betas, rate):
+    ours, theirs = net(), net()
+    one = RiemannianAdamW(ours.parameters(), lr=rate, betas=betas, decay=decay)
+    two = torch.optim.AdamW(theirs.parameters(), lr=rate, betas=betas, weight_decay=decay)
+    for step in range(50):
+        train(ours, one, range(step, step + 1))
+        train(theirs, two, range(step, step + 1))
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+def test_decay_is_not_geoopts_penalty():
+    ours, theirs = net(), net()
+    train(ours, RiemannianAdamW(ours.parameters(), lr=1e-2, decay=0.1), range(20))
+    train(theirs, geoopt.optim.RiemannianAdam(theirs.parameters(), lr=1e-2, weight_decay=0.1), range(20))
+    assert (ours[0].weight - theirs[0].weight).abs().max() > 1e-3
+
+
+def test_both_kinds_of_optimizer_take_the_same_steps_in_a_model():
+    """A variant with manifold parameters and one without: equal gradients give equal steps."""
+    lie, softmax = (Transformer(8, 2, 2, recipe) for recipe in ({"module": "LieAttention"}, None))
+    softmax.load_state_dict(lie.state_dict(), strict=False)
+    optimizers = [build_optimizer(m, 1e-2, 0.1) for m in (lie, softmax)]
+    assert [type(o) for o in optimizers] == [RiemannianAdamW, torch.optim.AdamW]
+    others = dict(lie.named_parameters())
+    for step in range(20):
+        for name, parameter in softmax.named_parameters():
+            generator = torch.Generator().manual_seed(step)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            others[name].grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, parameter in softmax.named_parameters():
+        torch.testing.assert_close(others[name], parameter, atol=1e-6, rtol=1e-6)
+
+
+def test_a_closure_is_called_once_with_gradients():
+    module, calls = net(), []
+    optimizer = RiemannianAdamW(module.parameters(), lr=1e-2, decay=0.1)
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        loss = module(torch.ones(2, 5)).square().sum()
+        loss.backward()
+        return loss
+
+    before = module[0].weight.detach().clone()
+    assert optimizer.step(closure) > 0
+    assert calls == [True]
+    assert not torch.equal(module[0].weight, before)
+
+
+def test_parameters_without_a_gradient_stay():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    RiemannianAdamW([parameter], lr=1.0, decay=0.5).step()
+    assert torch.equal(parameter, torch.ones(2, 2))
+
+
+# manifolds
+
+
+def test_on_a_manifold_it_is_adam_in_the_chart():
+    """The interval is a line in its chart, and parallel transport there does nothing."""
+    line = OpenInterval(4.0)
+    start = torch.tensor([0.5, 2.0, 3.9], dtype=torch.float64)
+    point, phi = ManifoldParameter(start.clone(), manifold=line), nn.Parameter(line.chart(start))
+    one, two = RiemannianAdamW([point], lr=0.1), torch.optim.Adam([phi], lr=0.1)
+    best = torch.tensor([3.0, 0.1, 1.0], dtype=torch.float64)
+    for _ in range(50):
+        for optimizer, x in ((one, point), (two, phi)):
+            optimizer.zero_grad()
+            ((x if x is point else line.from_chart(x)) - best).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(line.chart(point).detach(), phi.detach(), atol=1e-8, rtol=0)
+    assert line.check_point_on_manifold(point)
+
+
+def test_decay_on_a_manifold_is_refused():
+    time, free = ManifoldParameter(torch.ones(2), manifold=OpenInterval(2.0)), nn.Parameter(torch.ones(2))
+    message = r"decay: expected 0 for parameters on a manifold, got 0.1; put them in a group of their own"
+    for arguments in ({"params": [time, free], "decay": 0.1}, {"params": [{"params": [time], "decay": 0.1}]}):
+        with pytest.raises(ValueError, match=message):
+            RiemannianAdamW(**arguments)
+    RiemannianAdamW([{"params": [time], "decay": 0.0}, {"params": [free]}], decay=0.1)
+
+
+# groups
+
+
+class Everything(nn.Module):
+    def __init__(self, lie: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.attention = LieAttention(8, 2, bias=True) if lie else nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_groups():
+    module = Everything(lie=True)
+    optimizer = build_optimizer(module, 3e-3, 0.1)
+    names = {id(p): name for name, p in module.named_parameters()}
+    decays = {names[id(p)]: group["decay"] for group in optimizer.param_groups for p in group["params"]}
+    decayed = {name for name, decay in decays.items() if decay}
+    projections = {f"attention.{p}_proj.weight" for p in ("q", "k", "v", "out")}
+    assert decayed == projections | {"attention.rate_weight"}
+    assert {decays[name] for name in decayed} == {0.1}
+    assert set(decays) == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert type(optimizer) is RiemannianAdamW
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    on_manifold = [g for g in optimizer.param_groups if any(isinstance(p, ManifoldParameter) for p in g["params"])]
+    assert [len(g["params"]) for g in on_manifold] == [1]
+
+    plain = build_optimizer(Everything(lie=False), 3e-3, 0.1)
+    assert type(plain) is torch.optim.AdamW
+    assert [(len(g["params"]), g["weight_decay"]) for g in plain.param_groups] == [(1, 0.1), (4, 0.0)]
+
+
+def test_a_model_has_every_parameter_once():
+    model = LanguageModel({"module": "LieAttention"}, width=8, depth=2, num_heads=2)
+    held = [id(p) for g in build_optimizer(model, 1e-3, 0.1).param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    tied = LanguageModel({"module": "LieAttention"}, width=8, depth=1, num_heads=2)
+    tied.head.weight = tied.embedding.weight
+    groups = build_optimizer(tied, 1e-3, 0.1).param_groups
+    assert not any(g["decay"] for g in groups if any(p is tied.embedding.weight for p in g["params"]))
+
+
+# state
+
+
+@pytest.mark.parametrize("lie", [True, False])
+def test_a_loaded_state_continues_bitwise(lie):
+    def new() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        module = net()
+        if lie:
+            module.time = ManifoldParameter(torch.tensor([0.3, 1.7]), manifold=OpenInterval(2.0))
+            forward = module.forward
+            module.forward = lambda x: forward(x) * module.time.sum()
+        optimizer = build_optimizer(module, 1e-2, 0.1)
+        return module, optimizer, warmup_cosine(optimizer, 5, 50)
+
+    whole, optimizer, schedule = new()
+    train(whole, optimizer, range(13), schedule)
+    file = io.BytesIO()
+    torch.save([whole.state_dict(), optimizer.state_dict(), schedule.state_dict()], file)
+    file.seek(0)
+    train(whole, optimizer, range(13, 40), schedule)
+
+    states = torch.load(file, weights_only=True)
+    resumed, second, again = new()
+    for target, state in zip((resumed, second, again), states, strict=True):
+        target.load_state_dict(state)
+    if lie:
+        assert {type(state["step"]) for state in second.state.values()} == {int}
+    train(resumed, second, range(13, 40), again)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_loaded_state_dict_is_not_changed():
+    module = net()
+    optimizer = RiemannianAdamW(module.parameters(), lr=1e-2)
+    train(module, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    RiemannianAdamW(module.parameters()).load_state_dict(state)
+    assert state["state"][0]["step"] == 3
+    assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+# schedule
+
+SCHEDULES = [
+    # warm-up, total, floor, {step: factor}
+    (4, 104, 0.1, {0: 1 / 5, 1: 2 / 5, 3: 4 / 5, 4: 1.0, 54: 0.55, 104: 0.1, 105: 0.1, 1000: 0.1}),
+    (4, 104, 0.0, {4: 1.0, 29: (1 + math.sqrt(0.5)) / 2, 54: 0.5, 79: (1 - math.sqrt(0.5)) / 2, 104: 0.0}),
+    (0, 10, 0.1, {0: 1.0, 5: 0.55, 10: 0.1}),
+    (4, -1, 0.1, {0: 1 / 5, 4: 1.0, 1000: 1.0}),
+    (4, math.inf, 0.1, {0: 1 / 5, 4: 1.0, 1000: 1.0}),
+    (10, 5, 0.1, {0: 1 / 11, 9: 10 / 11, 10: 1.0, 11: 0.1}),  # shorter than its warm-up
+]
+
+
+@pytest.mark.parametrize(("warmup", "total", "floor", "expected"), SCHEDULES)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+def test_the_schedule(warmup, total, floor, expected):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, warmup, total, floor)
+    rates = []
+    for _ in range(max(expected) + 1):
+        rates.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+    for step, factor in expected.items():
+        assert rates[step] == pytest.approx(factor, abs=1e-12), step
+    assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
