@@ -56,7 +56,8 @@ class Clock(ABC):
 def _lump(weights: Tensor) -> Tensor:
     """(K, ...) weights before K → (K + 1, ...) with the rest on the last."""
     rest = (1 - weights.sum(0, keepdim=True)).clamp_min(0)
-    return torch.cat([weights, rest])
+    lumped = torch.cat([weights, rest])
+    return lumped / lumped.sum(0, keepdim=True)  # thousands of weights do not sum to 1 exactly
 
 
 class FixedClock(Clock):
@@ -116,7 +117,7 @@ class ExponentialClock(Clock):
     def terms(self, theta: float, tol: float) -> int:  # noqa: D102
         if theta == 0:
             return 0
-        k = math.ceil(math.log(tol) / math.log(theta / (1 + theta))) - 1
+        k = math.ceil(-math.log(tol) / math.log1p(1 / theta)) - 1
         if k > _MOST_TERMS:
             raise ConvergenceError(
                 f"time: expected a mean number of hops under about 1000, got {theta:g}; use method=MatrixExp()"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,10 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError, check_shape
+from liegroup_attn.errors import (
+    GeneratorError,
+    ShapeError,
+    check_dropout,
+    check_qkv,
+    check_shape,
+    check_time,
+    values_visible,
+)
 from liegroup_attn.expm import MatrixExp, Method, Uniformization, choose_method
 from liegroup_attn.expm.base import per_row
-from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator, _at_least_float32
+from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
 from liegroup_attn.rates import prepare_mask
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
@@ -65,16 +72,15 @@ def expm_multiply(
             f"value: expected {generator.num_states} tokens as the generator, got shape {tuple(value.shape)}; "
             "queries, keys and values must be the same tokens"
         )
-    when = _check_time(time, value.shape[:-1])
-    law = FixedClock() if clock is None else clock
-    if not isinstance(law, Clock):
-        raise GeneratorError(
-            f"clock: expected a Clock such as ExponentialClock(), got {law!r}; None is the fixed clock"
+    if not _broadcast(generator.batch_shape, value.shape[:-2]):
+        raise ShapeError(
+            f"value: expected a batch that broadcasts with the generator's {tuple(generator.batch_shape)}, got shape "
+            f"{tuple(value.shape)}; one matrix a batch item, or one for all"
         )
-    how = _choose(generator, when, law) if method is None else method
-    if not isinstance(how, Method):
-        raise GeneratorError(f"method: expected a Method such as Uniformization(), got {how!r}; None chooses")
-    return how.act(generator, value, when, law)
+    batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
+    when = check_time(time, batch, generator.num_states)
+    law, how = _check_law(clock, method)
+    return (_choose(generator, when, law) if how is None else how).act(generator, value, when, law)
 
 
 def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock: Clock | None = None) -> Tensor:
@@ -104,8 +110,17 @@ def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock
         raise GeneratorError(
             f"generator: expected a Generator, got {type(generator).__name__}; wrap a matrix in DenseGenerator(Q)"
         )
-    when = _check_time(time, None)
-    return MatrixExp().matrix(generator, when, FixedClock() if clock is None else clock)
+    law, _ = _check_law(clock, None)
+    # Several times of one generator are fine: they add batch dimensions to it.
+    shape = time.shape[:-1] if isinstance(time, Tensor) else torch.Size()
+    batch = torch.broadcast_shapes(shape, generator.batch_shape) if _broadcast(shape, generator.batch_shape) else shape
+    when = check_time(time, batch, generator.num_states)
+    if not _broadcast(shape, generator.batch_shape):
+        raise ShapeError(
+            f"time: expected a shape that broadcasts with the generator's {(*generator.batch_shape, generator.num_states)}, "
+            f"got {tuple(when.shape)}; for one time per matrix give (..., 1)"
+        )
+    return MatrixExp().matrix(generator, when, law)
 
 
 def lie_attention(
@@ -172,132 +187,89 @@ def lie_attention(
 
     Source: docs/mathematics; relatives are [Fagnou2024]_ and [Chamberlain2021]_.
     """
-    query, key, value = _check_qkv(query, key, value, enable_gqa)
-    when = _check_time(time, value.shape[:-2] + query.shape[-2:-1])
-    still = bool((when == 0).all()) if when.device.type == "cpu" or query.size(-2) != key.size(-2) else False
-    if query.size(-2) != key.size(-2):
-        if not (first_hop and still):
+    query, key, value = check_qkv(query, key, value, enable_gqa)
+    check_dropout(dropout_p)
+    clock, method = _check_law(clock, method)
+    if rate_fn is not None and not callable(rate_fn):
+        raise GeneratorError(
+            f"rate_fn: expected a function of scores, got {rate_fn!r}; pass liegroup_attn.softplus itself"
+        )
+    when = check_time(time, query.shape[:-2], query.size(-2))
+    across = query.size(-2) != key.size(-2)
+    zero = (across or values_visible(when)) and bool((when == 0).all())
+    if across:
+        if not (first_hop and zero and rate_fn is None):
             raise ShapeError(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
-                "no generator, only first_hop=True with time=0 (softmax attention)"
+                "no generator, only first_hop=True with time=0 and rate_fn=None (softmax attention)"
             )
-        prepare_mask(attn_mask, is_causal, torch.Size([*query.shape[:-1], key.size(-2)]), query.dtype, True)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-
-    generator: Generator
-    if rate_fn is None:
-        generator = SoftmaxGenerator(
-            query,
-            key,
-            jump_rates=jump_rates,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            dropout_p=dropout_p,
-            allow_open_mask=allow_open_mask or still,  # without hops nothing leaks
-        )
-    else:
-        generator = _from_rate_fn(
-            rate_fn, query, key, jump_rates, attn_mask, is_causal, scale, allow_open_mask or still
-        )
+        return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    still = zero and not when.requires_grad  # a time that starts at 0 still has a gradient
+    allow_open_mask = allow_open_mask or still  # without hops nothing leaks
+    chain = SoftmaxGenerator(
+        query,
+        key,
+        jump_rates=jump_rates,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        allow_open_mask=allow_open_mask,
+    )
+    generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
     if not still:
-        how = method or _choose(generator, when, clock or FixedClock())
+        how = _choose(generator, when, clock) if method is None else method
         if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
-            mixing = MatrixExp().matrix(generator, when, clock or FixedClock())
-            value = _at_least_float32(F.dropout(mixing, dropout_p)).matmul(value.to(mixing.dtype)).to(value.dtype)
+            eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
+            mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, clock)
+            value = F.dropout(mixing, dropout_p) @ value
         else:
-            value = expm_multiply(generator, value, when, clock=clock, method=how)
+            value = how.act(generator, value, when, clock)
     return generator.jump(value) if first_hop else value
 
 
-def _from_rate_fn(
-    rate_fn: Callable[[Tensor], Tensor],
-    query: Tensor,
-    key: Tensor,
-    jump_rates: Tensor | float | None,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    allow_open_mask: bool,
-) -> DenseGenerator:
-    """Q = diag(ρ)(R − diag(R1)), R = rate_fn(scores), 0 where masked."""
-    # The checks, and ρ made broadcastable, are those of the jump chain of the same scores.
-    chain = SoftmaxGenerator(
-        query, key, jump_rates=jump_rates, attn_mask=attn_mask, is_causal=is_causal, allow_open_mask=allow_open_mask
-    )
-    rates = rate_fn(chain.scores(scale))  # (..., N, N)
+def _with_rates(chain: SoftmaxGenerator, rate_fn: Callable[[Tensor], Tensor]) -> DenseGenerator:
+    """Q = diag(ρ)(R − diag(R1)), R = rate_fn(scores), 0 where masked; scores, mask and ρ are those of the jump chain."""
+    scores = chain.scores()  # (..., N, N)
+    rates = rate_fn(scores)
+    if not isinstance(rates, Tensor) or rates.shape != scores.shape:
+        got = tuple(rates.shape) if isinstance(rates, Tensor) else type(rates).__name__
+        raise ShapeError(
+            f"rate_fn: expected rates of the scores' shape {tuple(scores.shape)}, got {got}; map entry by entry"
+        )
     masked = chain.masked()
     if masked is not None:
         rates = rates.masked_fill(masked, 0)
-    if chain.jump_rates is not None:
-        rates = chain.jump_rates.unsqueeze(-1).to(rates.dtype) * rates
-    return DenseGenerator.from_rates(rates)
+    generator = DenseGenerator.from_rates(rates, jump_rates=chain.jump_rates)
+    generator.is_causal, generator.dropout_p = chain.is_causal, chain.dropout_p
+    return generator
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Check ranks, dtypes and sizes; give every query head a key and a value head."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_shape(name, tensor, least_rank=2, remedy="give (..., heads, tokens, width)")
-        if tensor.size(-2) == 0:
-            raise ShapeError(
-                f"{name}: expected at least 1 token, got shape {tuple(tensor.shape)}; drop empty sequences from the batch"
-            )
-    if not query.dtype == key.dtype == value.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
-            raise DtypeError(
-                f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}; convert them, e.g. key.to(query.dtype)"
-            )
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    if query.size(-1) != key.size(-1):
-        raise ShapeError(
-            f"key: expected the query's width {query.size(-1)}, got {key.size(-1)}; project both to one head width"
+def _softmax_across(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Softmax attention to other tokens; a query without an allowed target has no value of its own and gets 0."""
+    shape = torch.Size([*query.shape[:-1], key.size(-2)])
+    mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask.attn_mask, dropout_p, is_causal, scale=scale)
+    return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)
+
+
+def _check_law(clock: Clock | None, method: Method | None) -> tuple[Clock, Method | None]:
+    law = FixedClock() if clock is None else clock
+    if not isinstance(law, Clock):
+        raise GeneratorError(
+            f"clock: expected a Clock such as ExponentialClock(), got {law!r}; None is the fixed clock"
         )
-    if key.size(-2) != value.size(-2):
-        raise ShapeError(
-            f"value: expected the key's {key.size(-2)} tokens, got {value.size(-2)}; values belong to keys, one each"
-        )
-    if enable_gqa:
-        heads = query.size(-3) if query.dim() > 2 else 0
-        for name, tensor in (("key", key), ("value", value)):
-            if tensor.dim() < 3 or tensor.size(-3) == 0 or heads % tensor.size(-3):
-                raise ShapeError(
-                    f"{name}: expected a number of heads that divides the query's {heads}, got shape {tuple(tensor.shape)}; "
-                    "set num_kv_heads to a divisor"
-                )
-        key = key.repeat_interleave(heads // key.size(-3), -3)
-        value = value.repeat_interleave(heads // value.size(-3), -3)
-    try:
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    except RuntimeError:
-        raise ShapeError(
-            f"query, key, value: expected equal batch and head sizes, got {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(value.shape)}; set enable_gqa=True if key and value have fewer heads"
-        ) from None
-    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
-    return query, key, value
-
-
-def _check_time(time: Tensor | float, rows: torch.Size | None) -> Tensor:
-    """Time as a tensor that broadcasts against (..., N); a number stays 0-dimensional (and on the CPU)."""
-    given = isinstance(time, Tensor)
-    when = time if isinstance(time, Tensor) else torch.tensor(float(time), dtype=torch.float64)
-    if rows is not None and given:
-        try:
-            fits = torch.broadcast_shapes(when.shape, rows) == rows
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ShapeError(
-                f"time: expected a number or a shape broadcastable to {tuple(rows)} (one per query row), got {tuple(when.shape)}; "
-                "for one time per head give (heads, 1)"
-            )
-    if when.device.type == "cpu" and not torch.compiler.is_compiling() and when.numel():
-        low, high = float(when.detach().min()), float(when.detach().max())
-        if not (low >= 0 and math.isfinite(high)):
-            raise GeneratorError(
-                f"time: expected 0 ≤ time < inf, got {low if not low >= 0 else high:g}; the flow runs forward only"
-            )
-    return when
+    if method is not None and not isinstance(method, Method):
+        raise GeneratorError(f"method: expected a Method such as Uniformization(), got {method!r}; None chooses")
+    return law, method
 
 
 def _choose(generator: Generator, time: Tensor, clock: Clock) -> Method:
@@ -311,3 +283,7 @@ def _choose(generator: Generator, time: Tensor, clock: Clock) -> Method:
         is_causal=generator.is_causal,
         per_row=per_row(time),
     )
+
+
+def _broadcast(first: torch.Size, second: torch.Size) -> bool:
+    return all(a == b or 1 in (a, b) for a, b in zip(reversed(first), reversed(second), strict=False))

@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.algebra import is_rate_matrix
-from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError, check_shape
-from liegroup_attn.rates import check_finite, prepare_mask
+from liegroup_attn.errors import (
+    DtypeError,
+    GeneratorError,
+    ShapeError,
+    check_dropout,
+    check_finite,
+    check_jump_rates,
+    check_shape,
+    values_visible,
+)
+from liegroup_attn.rates import prepare_mask
 
 __all__ = ["DenseGenerator", "Generator", "SoftmaxGenerator"]
 
@@ -23,7 +32,9 @@ class Generator(ABC):
     """
 
     num_states: int
+    batch_shape: torch.Size
     is_causal: bool = False
+    dropout_p: float = 0.0
 
     @abstractmethod
     def apply(self, value: Tensor) -> Tensor:
@@ -112,22 +123,30 @@ class DenseGenerator(Generator):
                 f"generator: expected square matrices (..., N, N) with N ≥ 1, got {tuple(generator.shape)}; "
                 "queries and keys must be the same tokens"
             )
-        if generator.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_visible(generator):
             ok, reason = is_rate_matrix(generator)
             if not ok:
                 raise GeneratorError(
-                    f"generator: {reason}; build it from nonnegative rates with DenseGenerator.from_rates(R)"
+                    f"generator: expected a rate matrix, got one of which {reason}; build it from nonnegative rates "
+                    "with DenseGenerator.from_rates(R)"
                 )
-        self.num_states = n
-        self._matrix = _at_least_float32(generator)
-        self._rates: Tensor | None = None
+        matrix = _at_least_float32(generator)
+        if matrix.dtype != generator.dtype:  # rows that sum to 0 in half precision do not in float32
+            rest = matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+            matrix = rest - torch.diag_embed(rest.sum(-1))
+        self._hold(matrix, None)
+
+    def _hold(self, matrix: Tensor, rates: Tensor | None) -> None:
+        self.num_states, self.batch_shape = matrix.size(-1), matrix.shape[:-2]
+        self._matrix, self._rates = matrix, rates
 
     @classmethod
-    def from_rates(cls, rates: Tensor) -> DenseGenerator:
-        """Q = R − diag(R1) from rates R ≥ 0; R_ii drops out of Q and enters only the jump chain S = R / R1.
+    def from_rates(cls, rates: Tensor, *, jump_rates: Tensor | float | None = None) -> DenseGenerator:
+        """Q = diag(ρ)(R − diag(R1)) from rates R ≥ 0; R_ii drops out of Q and enters only the jump chain S = R / R1.
 
         Args:
             rates: (..., N, N), ≥ 0. A zero row keeps its value.
+            jump_rates: ρ, broadcastable to (..., N), in [0, 1]; None means 1.
 
         Returns:
             The generator.
@@ -142,20 +161,30 @@ class DenseGenerator(Generator):
                     [ 1., -1.]])
         """
         check_shape("rates", rates, least_rank=2, remedy="give square matrices (..., N, N)")
+        if rates.size(-1) != rates.size(-2) or rates.size(-1) == 0:
+            raise ShapeError(
+                f"rates: expected square matrices (..., N, N) with N ≥ 1, got {tuple(rates.shape)}; rates lead between "
+                "the same tokens"
+            )
         check_finite("rates", rates)
+        if values_visible(rates) and float(rates.detach().min()) < 0:
+            raise GeneratorError(
+                f"rates: expected nonnegative numbers, got {float(rates.detach().min()):g}; use a rate function such as softplus"
+            )
         rates = _at_least_float32(rates)
-        if rates.size(-1) != rates.size(-2):
-            return cls(rates)  # raises
+        rho = check_jump_rates(jump_rates, rates.shape[:-1], rates)
         off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
-        generator = cls(off_diagonal - torch.diag_embed(off_diagonal.sum(-1)))
-        generator._rates = rates
+        matrix = off_diagonal - torch.diag_embed(off_diagonal.sum(-1))
+        generator = cls.__new__(cls)
+        generator._hold(matrix if rho is None else rho.unsqueeze(-1).to(matrix.dtype) * matrix, rates)
         return generator
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         return _product(self._matrix, value)
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        return _product(self.jump_chain(), value)
+        chain = self.jump_chain()
+        return _product(F.dropout(chain, self.dropout_p) if self.dropout_p else chain, value)
 
     def jump_chain(self) -> Tensor:
         """S as a matrix (..., N, N): normalized rates, a row without rates jumps to itself."""
@@ -227,17 +256,28 @@ class SoftmaxGenerator(Generator):
             )
         if query.dtype != key.dtype:
             raise DtypeError(f"key: expected {query.dtype} as the query, got {key.dtype}; convert one of them")
-        if not 0 <= dropout_p < 1:
-            raise GeneratorError(f"dropout_p: expected 0 ≤ dropout_p < 1, got {dropout_p}; choose a probability")
+        if query.size(-1) == 0:
+            raise ShapeError(
+                f"query: expected a width of at least 1, got shape {tuple(query.shape)}; scores need features"
+            )
+        check_dropout(dropout_p)
+        if scale is not None and not math.isfinite(scale):
+            raise GeneratorError(f"scale: expected a finite number, got {scale}; None is 1/√width")
         check_finite("query", query)
         check_finite("key", key)
-        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-        self.num_states = n
+        try:
+            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        except RuntimeError:
+            raise ShapeError(
+                f"key: expected a batch that broadcasts with the query's {tuple(query.shape)}, got {tuple(key.shape)}; "
+                "give every query head a key head"
+            ) from None
+        self.num_states, self.batch_shape = n, batch
         self.is_causal = is_causal
         self.query, self.key = query, key
         self.scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
         self.dropout_p = dropout_p
-        self.jump_rates = _check_jump_rates(jump_rates, torch.Size([*batch, n]), query)
+        self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n]), query)
         self._mask = prepare_mask(attn_mask, is_causal, torch.Size([*batch, n, n]), query.dtype, allow_open_mask)
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
@@ -258,11 +298,11 @@ class SoftmaxGenerator(Generator):
         no_target = self._mask.no_target
         return moved if no_target is None else torch.where(no_target, value, moved)
 
-    def scores(self, scale: float | None = None) -> Tensor:
+    def scores(self) -> Tensor:
         """scale · q kᵀ plus a float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
         with torch.autocast(self.query.device.type, enabled=False):
             query, key = _at_least_float32(self.query), _at_least_float32(self.key)
-            scores = (self.scale if scale is None else scale) * (query @ key.mT)
+            scores = self.scale * (query @ key.mT)
             mask = self._mask.attn_mask
             return scores if mask is None or mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
@@ -290,29 +330,3 @@ class SoftmaxGenerator(Generator):
     def rate_bound(self) -> float:
         """1, whatever ρ: the number of hops is known from the time alone, before data is seen."""
         return 1.0
-
-
-def _check_jump_rates(jump_rates: Tensor | float | None, shape: torch.Size, like: Tensor) -> Tensor | None:
-    if jump_rates is None:
-        return None
-    rates = torch.as_tensor(jump_rates, device=like.device)
-    rates = rates.to(like.dtype) if not isinstance(jump_rates, Tensor) else rates
-    check_shape("jump_rates", rates, least_rank=0, remedy="give ρ per token")
-    try:
-        fits = torch.broadcast_shapes(rates.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ShapeError(
-            f"jump_rates: expected a shape broadcastable to {tuple(shape)}, got {tuple(rates.shape)}; "
-            "give one rate per token, or (heads, 1) for one per head"
-        )
-    rates = rates if rates.dim() else rates.unsqueeze(0)
-    if rates.device.type == "cpu" and not torch.compiler.is_compiling():
-        inspected = rates.detach()
-        low, high = (float(inspected.min()), float(inspected.max())) if rates.numel() else (0.0, 0.0)
-        if not (low >= 0 and high <= 1):
-            raise GeneratorError(
-                f"jump_rates: expected ρ in [0, 1], got [{low:g}, {high:g}]; pass it through a sigmoid and let time carry the scale"
-            )
-    return rates

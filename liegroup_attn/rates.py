@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import DtypeError, GeneratorError, MaskError
+from liegroup_attn.errors import DtypeError, MaskError, check_finite, fits
 
-__all__ = ["Mask", "check_finite", "exponential", "prepare_mask", "softplus", "squared_relu"]
+__all__ = ["Mask", "exponential", "prepare_mask", "softplus", "squared_relu"]
 
 
 def exponential(scores: Tensor) -> Tensor:
@@ -64,15 +64,6 @@ def squared_relu(scores: Tensor) -> Tensor:
     return F.relu(scores).square()
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise GeneratorError on NaN or inf; on a GPU and under torch.compile it looks at nothing (a sync)."""
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(tensor).all()):
-        raise GeneratorError(
-            f"{name}: expected finite entries, got NaN or inf; look for a diverged layer (lower the learning rate, "
-            "clip gradients) or an overflow in half precision"
-        )
-
-
 class Mask(NamedTuple):
     """A mask made safe for softmax: rows without a target are opened, and named so that they keep their value."""
 
@@ -96,7 +87,8 @@ def prepare_mask(
     and a token that others see and that sees others must see itself.
 
     Args:
-        attn_mask: broadcastable to (..., N, N); bool (True = takes part) or float (added to the scores).
+        attn_mask: broadcastable to (..., N, N); bool (True = takes part) or float (added to the scores; −inf, or
+            anything below half the dtype's least number, hides).
         is_causal: lower-triangular mask; excludes ``attn_mask``.
         scores_shape: (..., N, N).
         dtype: of the scores; a float mask must have it.
@@ -119,17 +111,17 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
     """
     if attn_mask is None:
         return Mask(None, None)
+    if not isinstance(attn_mask, Tensor):
+        raise DtypeError(
+            f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor"
+        )
     if is_causal:
         raise MaskError("attn_mask: expected None beside is_causal=True, got both; pass attn_mask & causal as one mask")
     if attn_mask.dtype != torch.bool and attn_mask.dtype != dtype:
         raise DtypeError(
             f"attn_mask: expected torch.bool (True = takes part) or {dtype} as the query, got {attn_mask.dtype}; convert it"
         )
-    try:
-        fits = torch.broadcast_shapes(attn_mask.shape, scores_shape) == scores_shape and attn_mask.dim() >= 2
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if attn_mask.dim() < 2 or not fits(attn_mask.shape, scores_shape):
         raise MaskError(
             f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
             f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
@@ -139,10 +131,11 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         no_target = ~allowed.any(-1, keepdim=True)
         safe = attn_mask | no_target
     else:
-        allowed = attn_mask > -torch.inf
+        # Others hide by a large negative number; softmax makes 0 of it too, unless everything is hidden.
+        allowed = ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
+        check_finite("attn_mask (apart from what it hides)", attn_mask.detach().masked_fill(~allowed, 0.0))
         no_target = ~allowed.any(-1, keepdim=True)
-        safe = attn_mask.masked_fill(no_target, 0.0)
-        check_finite("attn_mask (apart from -inf)", attn_mask.detach().masked_fill(attn_mask == -torch.inf, 0.0))
+        safe = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(no_target, 0.0)
     if not allow_open_mask and not torch.compiler.is_compiling():
         _check_closed(allowed, no_target)
     return Mask(safe, no_target)

@@ -71,6 +71,8 @@ class Uniformization(Method):
             return self.max_terms
         tol = self.tol if self.tol is not None else _default_tol(dtype)
         terms = clock.terms(float(theta.detach().max()) if theta.numel() else 0.0, tol)
+        if theta.requires_grad:  # at θ = 0 the value needs no hop, the gradient needs one
+            terms = max(terms, 1)
         if self.max_terms is not None and terms > self.max_terms:
             raise ConvergenceError(
                 f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
