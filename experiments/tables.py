@@ -59,7 +59,7 @@ def accuracy_at_depths(run: dict[str, Any], test_set: str, scale: str = "time x1
 
 
 _REACHABILITY = (
-    "one row a variant",
+    "variant",
     "blocks",
     "parameters",
     "accuracy %",
@@ -90,7 +90,7 @@ def _reachability(title: str, runs: list[dict[str, Any]]) -> list[str]:
 
 
 _LANGUAGE = (
-    "one row a variant",
+    "variant",
     "parameters",
     "validation nats per byte",
     "test bits per byte",

@@ -8,21 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ConvergenceError",
-    "DtypeError",
-    "GeneratorError",
-    "MaskError",
-    "ShapeError",
-    "check_dropout",
-    "check_finite",
-    "check_jump_rates",
-    "check_qkv",
-    "check_shape",
-    "check_time",
-    "fits",
-    "values_visible",
-]
+__all__ = ["ConvergenceError", "DtypeError", "GeneratorError", "MaskError", "ShapeError", "check_shape"]
 
 
 class ShapeError(ValueError):

@@ -1,6 +1,7 @@
 """Modules: softmax and Lie attention that differ in nothing but how they mix, and a Transformer of either."""
 
-from liegroup_attn.nn.attention import LieAttention, SelfAttention, SoftmaxAttention, scale_time
+from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
+from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
 from liegroup_attn.nn.transformer import Transformer
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 import liegroup_attn
-from liegroup_attn.nn.attention import LieAttention, SelfAttention, SoftmaxAttention
+from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
+from liegroup_attn.nn.lie import LieAttention
 from liegroup_attn.positional import RotaryEncoding
 
 __all__ = ["AttentionRecipe", "build_attention"]

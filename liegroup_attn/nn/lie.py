@@ -1,0 +1,216 @@
+"""Lie attention as a layer: learned times on their manifold, rates from the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.errors import GeneratorError
+from liegroup_attn.expm import Method, choose_method
+from liegroup_attn.functional import lie_attention
+from liegroup_attn.generators import SoftmaxGenerator
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
+from liegroup_attn.nn.attention import SelfAttention
+
+__all__ = ["LieAttention", "scale_time"]
+
+
+class LieAttention(SelfAttention):
+    """Lie attention: values flow along the generator Q made from the scores, for a learned time.
+
+    Args:
+        embed_dim: C, model width.
+        num_heads: H, divides C.
+        time: initial t per head, in (0, max_time).
+        max_time: upper end of the learned time; it fixes the number of hops before data is seen. Default 2 · time.
+        learn_time: learn t per head, on the manifold ``OpenInterval(max_time)``.
+        learn_rates: learn jump rates per token and head, ρ = σ(w·x + b). They are functions of the data, not
+            parameters with a constraint, hence free parameters behind a sigmoid.
+        rate: initial ρ, in (0, 1); used only with ``learn_rates``, else ρ = 1.
+        first_hop: the query first jumps to a token, then the chain runs; with t → 0 this is softmax attention.
+        clock: law of the time; None is fixed (Poisson hops), ``ExponentialClock()`` the resolvent.
+        rate_fn: scores → rates; None is the jump chain.
+        tol: largest probability of hops beyond those computed.
+        method: how exp(tQ)V is computed. None chooses by N, clock and the hops that ``max_time`` and ``tol`` ask for, see
+            ``expm.choose_method``.
+        **options: those of ``SelfAttention``.
+
+    Raises:
+        GeneratorError: time outside (0, max_time), rate outside (0, 1).
+
+    Example:
+        >>> from liegroup_attn import ExponentialClock
+        >>> layer = LieAttention(16, 2, is_causal=True, first_hop=True, clock=ExponentialClock())
+        >>> layer(torch.zeros(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
+
+    Source: docs/mathematics.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        time: float = 1.0,
+        max_time: float | None = None,
+        learn_time: bool = True,
+        learn_rates: bool = True,
+        rate: float = 0.5,
+        first_hop: bool = False,
+        clock: Clock | None = None,
+        rate_fn: Callable[[Tensor], Tensor] | None = None,
+        tol: float = 1e-3,
+        method: Method | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, **options)  # type: ignore[arg-type]
+        max_time = 2 * time if max_time is None else max_time
+        if not 0 < time < max_time or not math.isfinite(max_time):
+            raise GeneratorError(
+                f"time: expected 0 < time < max_time < inf, got time={time}, max_time={max_time}; raise max_time"
+            )
+        if not 0 < rate < 1:
+            raise GeneratorError(f"rate: expected 0 < rate < 1, got {rate}; start near 1 for fast tokens")
+        self.max_time = max_time
+        self.time_scale = 1.0
+        self.first_hop = first_hop
+        self.clock = clock
+        self.rate_fn = rate_fn
+        self.tol = tol
+        self.method = method
+        start = torch.full((num_heads, 1), float(time))
+        if learn_time:
+            self.time = ManifoldParameter(start, manifold=OpenInterval(max_time))
+        else:
+            self.register_buffer("time", start)
+        if learn_rates:
+            # Zero weights draw no random numbers, so softmax attention under the same seed starts identical.
+            self.rate_weight = nn.Parameter(torch.zeros(num_heads, embed_dim))
+            self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate))))
+        self.learn_rates = learn_rates
+
+    def extra_repr(self) -> str:  # noqa: D102
+        switches = f"first_hop={self.first_hop}, clock={self.clock}, max_time={self.max_time:g}"
+        return f"{super().extra_repr()}, {switches}"
+
+    def jump_rates(self, x: Tensor) -> Tensor | None:
+        """ρ per token.
+
+        Args:
+            x: (B, N, C).
+
+        Returns:
+            (B, H, N) in (0, 1), or None for 1.
+        """
+        if not self.learn_rates:
+            return None
+        return F.linear(x, self.rate_weight, self.rate_bias).sigmoid().transpose(1, 2)
+
+    def generator(
+        self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> SoftmaxGenerator:
+        """Q of the layer's input (with ``rate_fn=None``).
+
+        Args:
+            x: (B, N, C).
+            attn_mask: as in ``forward``.
+            positions: as in ``forward``.
+
+        Returns:
+            The generator on (B, H, N, N).
+
+        Raises:
+            GeneratorError: the layer has a rate_fn.
+        """
+        if self.rate_fn is not None:
+            raise GeneratorError(
+                "rate_fn: expected None for a SoftmaxGenerator, got a rate function; use mixing_matrix"
+            )
+        query, key, _ = self._project(x, positions)
+        key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+        return SoftmaxGenerator(
+            query, key, jump_rates=self.jump_rates(x), attn_mask=attn_mask, is_causal=self.is_causal
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        time, learned = state_dict.get(f"{prefix}time"), isinstance(self.time, ManifoldParameter)
+        if time is not None and not time.is_meta and not bool(((time >= 0) & (time <= self.max_time)).all()):
+            args[-1].append(
+                f"{prefix}time: expected values in (0, max_time={self.max_time:g}), got up to {float(time.max()):g}; "
+                "load it into a layer with the max_time it was trained with"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if learned and not isinstance(self.time, ManifoldParameter):  # assign=True put a plain parameter here
+            self.time = ManifoldParameter(self.time.detach(), manifold=OpenInterval(self.max_time))
+        if learned and not self.time.is_meta:
+            with torch.no_grad():
+                self.time.proj_()
+
+    def flow_time(self) -> Tensor:
+        """t per head as used, (H, 1): learned time × ``time_scale``."""
+        return self.time * self.time_scale
+
+    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+        return lie_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            self.dropout if self.training else 0.0,
+            self.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+            time=self.flow_time(),
+            jump_rates=self.jump_rates(x),
+            first_hop=self.first_hop,
+            clock=self.clock,
+            rate_fn=self.rate_fn,
+            method=self._method(x.size(1)),
+        )
+
+    def _method(self, num_tokens: int) -> Method | None:
+        if self.method is not None or self.rate_fn is not None:
+            return self.method
+        return choose_method(
+            self.clock or FixedClock(),
+            self.max_time * self.time_scale,
+            self.tol,
+            num_tokens=num_tokens,
+            is_causal=self.is_causal,
+            per_row=False,
+            fixed_terms=True,
+        )
+
+
+def scale_time(module: nn.Module, factor: float) -> int:
+    """Run every Lie attention in a module for ``factor`` times its learned time: depth as a test-time knob.
+
+    Args:
+        module: any module; nothing in it is retrained.
+        factor: ≥ 0, relative to the learned time; 1 restores it.
+
+    Returns:
+        How many layers were set.
+
+    Raises:
+        GeneratorError: negative or non-finite factor, or no Lie attention inside.
+
+    Example:
+        >>> scale_time(LieAttention(8, 2), 4.0)
+        1
+    """
+    if not (factor >= 0 and math.isfinite(factor)):
+        raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {factor}; the flow runs forward only")
+    layers = [m for m in module.modules() if isinstance(m, LieAttention)]
+    if not layers:
+        raise GeneratorError("module: expected a LieAttention inside, got none; only Lie attention has a time")
+    for layer in layers:
+        layer.time_scale = float(factor)
+    return len(layers)
