@@ -47,7 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         help="quick: about ten minutes on two CPU cores; full: about an hour",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 for quick, 0 1 2 for full")
-    parser.add_argument("--output", type=Path, default=None, help="results, tables, figures; default runs/BUDGET")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="results, tables, figures; default runs/BUDGET, and the settings below",
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/work"), help="checkpoints and logs")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time; default: one a core, 1 off the CPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
@@ -59,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
         "--max-steps", type=int, default=None, help="stop earlier than the budget says, to try things out"
     )
     args = parser.parse_args(argv)
-    output = args.output or Path("runs") / args.budget
     trainer = tuple(
         (key, str(value))
         for key in ("accelerator", "devices", "precision", "strategy", "max_steps")
@@ -67,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.max_steps is not None:  # Lightning validates every so many steps, and at no other time
         trainer += (("val_check_interval", str(max(1, args.max_steps // 2))),)
+    # Other settings, another folder: they would overwrite each other's results.
+    output = args.output or Path("runs") / "-".join([args.budget, *(value for _, value in trainer)])
     runs = [
         Run(experiment, variant, args.budget, seed, trainer)
         for seed in args.seeds or BUDGETS[args.budget]
@@ -80,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     on_cpu = args.accelerator in (None, "cpu") and args.devices in (None, "1")
     jobs = args.jobs or (max(1, (os.cpu_count() or 1) // args.threads) if on_cpu else 1)
     console = Console()
+    for name in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the runs must not go on without us
+        signal.signal(name, signal.default_int_handler)
     failed = _run_all(runs, output, args.work, jobs, args.threads, console)
     for path in draw(output, args.experiments):
         console.print(f"wrote {path}")

@@ -95,9 +95,11 @@ def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]
     """Every result of an experiment: variant → its runs by seed, variants in the order of TITLES.
 
     Raises:
-        ValueError: runs of one variant come from different configurations.
+        ValueError: runs of one variant come from different configurations, or variants from different budgets,
+            trainers or data.
     """
     found: dict[str, list[dict[str, Any]]] = {}
+    settings: set[str] = set()
     for variant in variants_of(experiment):
         paths = sorted((output / experiment / "results").glob(f"{variant}-seed*.json"))
         runs = sorted((json.loads(p.read_text()) for p in paths), key=lambda run: run["seed"])
@@ -108,6 +110,14 @@ def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]
             )
         if runs:
             found[variant] = runs
+        for run in runs:
+            parts = [run["budget"], run["config"]["trainer"], run["config"]["data"], (run["data"] or {}).get("sha256")]
+            settings.add(json.dumps(parts, sort_keys=True))
+    if len(settings) > 1:
+        raise ValueError(
+            f"{experiment}: expected one budget, trainer and data for all variants, got {len(settings)} in {output}; "
+            "delete the outdated files or choose another --output"
+        )
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
+import hashlib
 import os
 import platform
 import re
@@ -18,6 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import liegroup_attn
 from experiments.flops import flops_per_step
 from experiments.results import Run, write_json
 from liegroup_attn.lightning import ByteCorpus, TokenClassifier
@@ -36,17 +39,24 @@ class History(L.Callback):
         self.progress = progress
         self.points: list[dict[str, float]] = []
         self.seconds = self.cpu_seconds = 0.0
+        self.peak_memory = 0
         self._since: tuple[float, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         seconds, cpu_seconds = self._spent()
-        return {"points": self.points, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        return {
+            "points": self.points,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_memory": self.peak_memory,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was written."""
         self.points = list(state_dict["points"])
         self.seconds, self.cpu_seconds = state_dict["seconds"], state_dict["cpu_seconds"]
+        self.peak_memory = state_dict["peak_memory"]
 
     def _spent(self) -> tuple[float, float]:
         if self._since is None:
@@ -62,14 +72,26 @@ class History(L.Callback):
         self._since = (time.perf_counter(), time.process_time())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._go_on()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause()
+        self._look_at_memory(trainer)
+
+    def _look_at_memory(self, trainer: L.Trainer) -> None:
+        """Of the training so far, before tests and the FLOP counter take more: resident, or the GPU allocator's."""
+        if trainer.strategy.root_device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_memory = max(self.peak_memory, peak)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._pause()
+            self._look_at_memory(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -113,6 +135,14 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     folder = run.work_path(work)
     folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    if "LOCAL_RANK" not in os.environ:  # processes that ddp starts belong to the one that holds it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{run.name}: expected to be alone in {folder}, got another process at work there; wait for it or stop it"
+            ) from None
     history = History(folder / "progress.json")
     # Written after each validation, when the history already has its point.
     keep = ModelCheckpoint(folder, save_top_k=0, save_last=True, save_on_train_epoch_end=False)
@@ -145,14 +175,15 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
         "seed": run.seed,
         "config_hash": run.config_hash(),
         "config": config,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "steps": cli.trainer.global_step,
         "parameters": sum(p.numel() for p in cli.model.parameters()),
-        "flops_per_step": _count_flops(cli),
+        "flops_per_step": _count_flops(cli) * cli.trainer.world_size,
         "seconds": round(history.seconds, 1),
         "cpu_seconds": round(history.cpu_seconds, 1),
-        "peak_memory_bytes": _peak_memory(cli.trainer),
+        "peak_memory_bytes": history.peak_memory,
         "hardware": _hardware(cli.trainer, threads),
+        "code": _code_hash(),
         "versions": {name: version(name) for name in ("liegroup-attn", "torch", "lightning", "geoopt", "numpy")},
         "python": platform.python_version(),
         "data": cli.datamodule.facts() if isinstance(cli.datamodule, ByteCorpus) else None,
@@ -202,15 +233,17 @@ def _mixing(cli: LieCLI) -> dict[str, Any]:
     return {**found, "heads": [[[round(p, 4) for p in row] for row in head] for head in matrix.tolist()]}
 
 
+def _code_hash() -> str:
+    """Of the library's source, so that a result says which code made it."""
+    package = Path(liegroup_attn.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _round(value: float) -> float:
     return float(f"{float(value):.6g}")
-
-
-def _peak_memory(trainer: L.Trainer) -> int:
-    """Of the whole process: resident memory on CPU, the allocator's peak on a GPU."""
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _hardware(trainer: L.Trainer, threads: int) -> dict[str, Any]:

@@ -97,7 +97,6 @@ _LANGUAGE = (
     "test perplexity",
     "GFLOP a step",
     "CPU s",
-    "peak MiB",
 )
 
 
@@ -112,7 +111,6 @@ def _language(title: str, runs: list[dict[str, Any]]) -> list[str]:
         test("test/bits_per_byte"),
         test("test/perplexity"),
         *_cost(runs),
-        _spread((run["peak_memory_bytes"] / 2**20 for run in runs), "{:.0f}"),
     ]
 
 

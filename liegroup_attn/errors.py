@@ -87,6 +87,12 @@ def check_dropout(dropout_p: float) -> None:
         raise GeneratorError(f"dropout_p: expected 0 ≤ dropout_p < 1, got {dropout_p}; choose a probability")
 
 
+def check_scale(scale: float | None) -> None:
+    """Raise GeneratorError unless the scale is None or finite."""
+    if scale is not None and not math.isfinite(scale):
+        raise GeneratorError(f"scale: expected a finite number, got {scale}; None is 1/√width")
+
+
 def check_time(time: Tensor | float, batch: torch.Size, num_tokens: int) -> Tensor:
     """Time as a tensor that broadcasts with (..., N); a number stays 0-dimensional, on the CPU.
 

@@ -14,6 +14,7 @@ from liegroup_attn.errors import (
     ShapeError,
     check_dropout,
     check_qkv,
+    check_scale,
     check_shape,
     check_time,
     values_visible,
@@ -189,6 +190,7 @@ def lie_attention(
     """
     query, key, value = check_qkv(query, key, value, enable_gqa)
     check_dropout(dropout_p)
+    check_scale(scale)
     clock, method = _check_law(clock, method)
     if rate_fn is not None and not callable(rate_fn):
         raise GeneratorError(
@@ -230,14 +232,15 @@ def lie_attention(
 
 def _with_rates(chain: SoftmaxGenerator, rate_fn: Callable[[Tensor], Tensor]) -> DenseGenerator:
     """Q = diag(ρ)(R − diag(R1)), R = rate_fn(scores), 0 where masked; scores, mask and ρ are those of the jump chain."""
-    scores = chain.scores()  # (..., N, N)
+    scores, masked = chain.scores(), chain.masked()  # (..., N, N)
+    if masked is not None:  # a rate function may have no gradient at −inf
+        scores = scores.masked_fill(masked, 0)
     rates = rate_fn(scores)
     if not isinstance(rates, Tensor) or rates.shape != scores.shape:
         got = tuple(rates.shape) if isinstance(rates, Tensor) else type(rates).__name__
         raise ShapeError(
             f"rate_fn: expected rates of the scores' shape {tuple(scores.shape)}, got {got}; map entry by entry"
         )
-    masked = chain.masked()
     if masked is not None:
         rates = rates.masked_fill(masked, 0)
     generator = DenseGenerator.from_rates(rates, jump_rates=chain.jump_rates)

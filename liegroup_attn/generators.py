@@ -17,6 +17,7 @@ from liegroup_attn.errors import (
     check_dropout,
     check_finite,
     check_jump_rates,
+    check_scale,
     check_shape,
     values_visible,
 )
@@ -200,7 +201,8 @@ class DenseGenerator(Generator):
 
     def rate_bound(self) -> Tensor:  # noqa: D102
         exit_rates = -self._matrix.detach().diagonal(dim1=-2, dim2=-1)
-        return exit_rates.amax(-1, keepdim=True)
+        bound = exit_rates.amax(-1, keepdim=True)
+        return bound.where(bound > 0, 1)  # any bound will do for Q = 0, but its gradient needs hops
 
 
 class SoftmaxGenerator(Generator):
@@ -261,8 +263,7 @@ class SoftmaxGenerator(Generator):
                 f"query: expected a width of at least 1, got shape {tuple(query.shape)}; scores need features"
             )
         check_dropout(dropout_p)
-        if scale is not None and not math.isfinite(scale):
-            raise GeneratorError(f"scale: expected a finite number, got {scale}; None is 1/√width")
+        check_scale(scale)
         check_finite("query", query)
         check_finite("key", key)
         try:

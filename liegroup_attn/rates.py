@@ -117,6 +117,8 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         )
     if is_causal:
         raise MaskError("attn_mask: expected None beside is_causal=True, got both; pass attn_mask & causal as one mask")
+    if attn_mask.is_floating_point() and torch.is_autocast_enabled(attn_mask.device.type):
+        attn_mask = attn_mask.to(dtype)
     if attn_mask.dtype != torch.bool and attn_mask.dtype != dtype:
         raise DtypeError(
             f"attn_mask: expected torch.bool (True = takes part) or {dtype} as the query, got {attn_mask.dtype}; convert it"

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             "width": args.width,
             "threads": args.threads,
             "torch": torch.__version__,
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "methods": methods,
             "import_seconds": imports,
             "import_extra_seconds": extra,

@@ -56,13 +56,7 @@ class Uniformization(Method):
         hop = value.to(dtype)
         total = _row(weights[0], dtype) * hop
         for weight in weights[1:]:
-            # A generator without rates has Λ = 0 and stays where it is.
-            step = generator.apply(hop)
-            hop = hop + (
-                step / bound.clamp_min(torch.finfo(dtype).tiny).unsqueeze(-1)
-                if isinstance(bound, Tensor)
-                else step / bound
-            )
+            hop = hop + generator.apply(hop) / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound)
             total = total + _row(weight, dtype) * hop
         return total.to(value.dtype)
 

@@ -18,7 +18,7 @@ from liegroup_attn.metrics import attention_entropy, exit_rates, expected_hops, 
 from liegroup_attn.nn import LieAttention, SelfAttention
 from liegroup_attn.plots import plot_matrices
 
-__all__ = ["ExactResume", "GeneratorMonitor"]
+__all__ = ["ExactResume", "GeneratorMonitor", "diagnose", "layer_inputs", "matrices"]
 
 
 class ExactResume(L.Callback):
@@ -37,7 +37,7 @@ class ExactResume(L.Callback):
         name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
         return {
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "python": [version, list(internal), gauss],
             "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         }
@@ -96,8 +96,10 @@ class GeneratorMonitor(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._tokens is None or trainer.sanity_checking:
             return
-        for i, (layer, x) in enumerate(layer_inputs(pl_module, self._tokens)):
-            pl_module.log_dict({f"lie/{i}/{name}": v for name, v in diagnose(layer, x).items()}, sync_dist=True)
+        with trainer.precision_plugin.forward_context():  # as executed, under autocast too
+            found = [diagnose(layer, x) for layer, x in layer_inputs(pl_module, self._tokens)]
+        for i, numbers in enumerate(found):
+            pl_module.log_dict({f"lie/{i}/{name}": v for name, v in numbers.items()}, sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         log_dir = trainer.log_dir  # a collective: every process has to ask

@@ -32,26 +32,32 @@ class _Trained(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Beside hyper_parameters, which load_from_checkpoint(attention=…) overwrites before anyone can compare.
-        checkpoint["attention"] = dict(self.hparams.attention)
+        checkpoint["attention"] = self._variant()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         given = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
         different = sorted(name for name in given | own if given.get(name) != own.get(name))
-        stored = checkpoint.get("attention", self.hparams.attention)
-        if different or _law(stored) != _law(self.hparams.attention):
+        own_variant = self._variant()
+        stored = checkpoint.get("attention", own_variant)
+        if different or _law(stored) != _law(own_variant):
             raise ValueError(
-                f"checkpoint: expected the parameters of attention={dict(self.hparams.attention)}, got those of "
-                f"attention={dict(stored)}; {len(different)} names or shapes differ ({', '.join([*different[:3], '…'])}); it was "
+                f"checkpoint: expected the parameters of attention={own_variant}, got those of "
+                f"attention={stored}; {len(different)} names or shapes differ ({', '.join([*different[:3], '…'])}); it was "
                 "trained with another variant, load it with that config"
             )
+
+    def _variant(self) -> dict[str, Any]:
+        more = ("num_heads", "rotary_layout", "rotary_base")
+        return dict(self.hparams.attention) | {name: self.hparams[name] for name in more}
 
 
 def _law(recipe: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
     hop, clock = bool(recipe.get("first_hop")), recipe.get("clock") or "FixedClock"
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
-    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time
+    positions = recipe["num_heads"], recipe["rotary_layout"], recipe["rotary_base"]
+    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *positions
 
 
 class LanguageModel(_Trained):
@@ -244,6 +250,15 @@ class TokenClassifier(_Trained):
         self.validation_accuracy = MulticlassAccuracy(vocab_size, average="micro")
         self.test_by_depth = nn.ModuleList(AccuracyByDepth(report_depth) for _ in TEST_SETS)
 
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        for own, theirs in (("vocab_size", "vocab_size"), ("report_depth", "deep_depth")):
+            wanted = getattr(data, theirs, None)
+            if wanted is not None and self.hparams[own] < wanted:
+                raise ValueError(
+                    f"{own}: expected at least the data's {theirs}={wanted}, got {self.hparams[own]}; raise it in the model"
+                )
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores, (B, N, F) → (B, N, V)."""
         if tokens.dim() != 3 or tokens.size(-1) != len(self.embeddings):
@@ -278,10 +293,10 @@ class TokenClassifier(_Trained):
         for name, metric in zip(TEST_SETS, self._by_depth(), strict=True):
             if not metric.update_called:
                 continue
-            self.log(f"{name}/accuracy", metric.overall(), add_dataloader_idx=False)
+            self.log(f"{name}/accuracy", metric.overall(), add_dataloader_idx=False, sync_dist=True)
             for depth, accuracy in enumerate(metric.compute().tolist()):
                 if accuracy == accuracy:  # NaN: no token so deep
-                    self.log(f"{name}/accuracy_at_depth_{depth:02d}", accuracy)
+                    self.log(f"{name}/accuracy_at_depth_{depth:02d}", accuracy, sync_dist=True)
             metric.reset()
 
     def _by_depth(self) -> list[AccuracyByDepth]:

@@ -39,6 +39,7 @@ class LieAttention(SelfAttention):
         tol: largest probability of hops beyond those computed.
         method: how exp(tQ)V is computed. None chooses by N, clock and the hops that ``max_time`` and ``tol`` ask for, see
             ``expm.choose_method``.
+        allow_open_mask: accept masks that are not transitively closed and let exp(tQ) fill them; skips the check.
         **options: those of ``SelfAttention``.
 
     Raises:
@@ -68,6 +69,7 @@ class LieAttention(SelfAttention):
         rate_fn: Callable[[Tensor], Tensor] | None = None,
         tol: float = 1e-3,
         method: Method | None = None,
+        allow_open_mask: bool = False,
         **options: object,
     ) -> None:
         super().__init__(embed_dim, num_heads, **options)  # type: ignore[arg-type]
@@ -85,6 +87,7 @@ class LieAttention(SelfAttention):
         self.rate_fn = rate_fn
         self.tol = tol
         self.method = method
+        self.allow_open_mask = allow_open_mask
         start = torch.full((num_heads, 1), float(time))
         if learn_time:
             self.time = ManifoldParameter(start, manifold=OpenInterval(max_time))
@@ -136,7 +139,12 @@ class LieAttention(SelfAttention):
         query, key, _ = self._project(x, positions)
         key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
         return SoftmaxGenerator(
-            query, key, jump_rates=self.jump_rates(x), attn_mask=attn_mask, is_causal=self.is_causal
+            query,
+            key,
+            jump_rates=self.jump_rates(x),
+            attn_mask=attn_mask,
+            is_causal=self.is_causal,
+            allow_open_mask=self.allow_open_mask,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -173,6 +181,7 @@ class LieAttention(SelfAttention):
             clock=self.clock,
             rate_fn=self.rate_fn,
             method=self._method(x.size(1)),
+            allow_open_mask=self.allow_open_mask,
         )
 
     def _method(self, num_tokens: int) -> Method | None:

@@ -31,6 +31,7 @@ class AttentionRecipe(TypedDict, total=False):
     clock: Literal["FixedClock", "ExponentialClock"]
     rate_fn: Literal["exponential", "softplus", "squared_relu"]
     tol: float
+    allow_open_mask: bool
 
 
 def build_attention(

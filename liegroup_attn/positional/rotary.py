@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import DtypeError, ShapeError, check_shape
+from liegroup_attn.errors import DtypeError, ShapeError, check_shape, fits
 
 __all__ = ["RotaryEncoding"]
 
@@ -72,11 +72,7 @@ class RotaryEncoding(nn.Module):
             positions = torch.arange(x.size(-2), device=x.device)
         if positions.is_floating_point() or positions.dtype == torch.bool:
             raise DtypeError(f"positions: expected integers, got {positions.dtype}; count tokens with torch.arange")
-        try:
-            fits = torch.broadcast_shapes(positions.shape, x.shape[:-1]) == x.shape[:-1]
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not fits(positions.shape, x.shape[:-1]):
             raise ShapeError(
                 f"positions: expected a shape broadcastable to {tuple(x.shape[:-1])}, got {tuple(positions.shape)}; one per token"
             )

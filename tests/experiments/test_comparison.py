@@ -50,7 +50,9 @@ def _result(variant, seed, accuracy=0.5, config_hash="h"):
         "variant": variant,
         "seed": seed,
         "config_hash": config_hash,
-        "config": {"model": {"init_args": {"depth": 1}}},
+        "budget": "quick",
+        "data": None,
+        "config": {"model": {"init_args": {"depth": 1}}, "trainer": {"max_steps": 3}, "data": {}},
         "date": "2026-01-01",
         "steps": 3,
         "parameters": 1000,
@@ -104,6 +106,16 @@ def test_accuracy_at_depths_is_nan_where_nothing_was_measured():
 def test_results_of_several_configurations_do_not_mix(tmp_path):
     _write(tmp_path, _result("exp", 0), _result("exp", 1, config_hash="other"))
     with pytest.raises(ValueError, match="one configuration"):
+        load_results(tmp_path, "reachability")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"budget": "full"}, {"data": {"sha256": "other"}}, {"config": {**_result("exp", 0)["config"], "trainer": {}}}],
+)
+def test_results_of_several_settings_do_not_stand_in_one_table(tmp_path, change):
+    _write(tmp_path, _result("exp", 0), _result("softmax", 0) | change)
+    with pytest.raises(ValueError, match="for all variants"):
         load_results(tmp_path, "reachability")
 
 
@@ -171,7 +183,8 @@ def test_unknown_variant_says_which_there_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_survives_a_stop_and_resumes(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_survives_a_stop_and_resumes(tmp_path, stop):
     """Interrupt once the first run is finished: it is kept, the rest is done by the same command, nothing twice."""
     command = [
         sys.executable,
@@ -184,12 +197,19 @@ def test_the_command_survives_a_stop_and_resumes(tmp_path):
         "exp",
     ]
     command += ["--max-steps", "4", "--jobs", "1", "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    first = tmp_path / "out" / "reachability" / "results" / "softmax-seed0.json"
-    process = subprocess.Popen(command, cwd=ROOT.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = tmp_path / "out" / "reachability" / "results" / "exp-seed0.json"  # the long run goes first
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     deadline = time.monotonic() + 300
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "resumes" in output
@@ -219,3 +239,40 @@ def test_a_failing_run_is_named_and_the_others_finish(tmp_path):
     assert done.returncode != 0
     assert "reachability/softmax-seed0" in done.stdout + done.stderr
     assert not list(Path(tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_half_way_ends_as_if_it_had_not_been(tmp_path):
+    """SIGKILL after the first validation; the same command goes on from the checkpoint to the same curve and tests."""
+
+    def command(name):
+        parts = [sys.executable, "-m", "experiments.run", "--experiment", "reachability", "--variant", "exp"]
+        parts += [
+            "--budget",
+            "quick",
+            "--seed",
+            "0",
+            "--output",
+            str(tmp_path / name),
+            "--work",
+            str(tmp_path / f"w{name}"),
+        ]
+        return [*parts, "--trainer", "max_steps", "60", "--trainer", "val_check_interval", "20"]
+
+    def result(name):
+        return json.loads((tmp_path / name / "reachability" / "results" / "exp-seed0.json").read_text())
+
+    process = subprocess.Popen(command("killed"), cwd=ROOT.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.rglob("last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.rglob("last.ckpt"))
+    assert not list((tmp_path / "killed").rglob("*.json"))
+    again = subprocess.run(command("killed"), cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert "Restored all states" in again.stdout + again.stderr
+    subprocess.run(command("whole"), cwd=ROOT.parent, capture_output=True, check=True)
+    for key in ("curve", "test", "steps", "config_hash", "mixing"):
+        assert result("killed")[key] == result("whole")[key], key
+    assert [point["step"] for point in result("whole")["curve"]] == [20, 40, 60]

@@ -24,6 +24,7 @@ SETTINGS = [
     ("rate_fn", "softplus", lambda m: m.rate_fn is la.rates.softplus),
     ("rate_fn", "squared_relu", lambda m: m.rate_fn is la.rates.squared_relu),
     ("tol", 1e-5, lambda m: m.tol == 1e-5),
+    ("allow_open_mask", True, lambda m: m.allow_open_mask is True),
 ]
 
 
