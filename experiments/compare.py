@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "--budget",
         choices=BUDGETS,
         default="quick",
-        help="quick: about ten minutes on two CPU cores; full: about an hour",
+        help="quick: five to ten minutes on two CPU cores; full: about an hour",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 for quick, 0 1 2 for full")
     parser.add_argument(
