@@ -114,13 +114,12 @@ def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock
     law, _ = _check_law(clock, None)
     # Several times of one generator are fine: they add batch dimensions to it.
     shape = time.shape[:-1] if isinstance(time, Tensor) else torch.Size()
-    batch = torch.broadcast_shapes(shape, generator.batch_shape) if _broadcast(shape, generator.batch_shape) else shape
-    when = check_time(time, batch, generator.num_states)
     if not _broadcast(shape, generator.batch_shape):
         raise ShapeError(
-            f"time: expected a shape that broadcasts with the generator's {(*generator.batch_shape, generator.num_states)}, "
-            f"got {tuple(when.shape)}; for one time per matrix give (..., 1)"
+            f"time: expected a batch that broadcasts with the generator's {tuple(generator.batch_shape)}, "
+            f"got {tuple(shape)}; for one time per matrix give (..., 1)"
         )
+    when = check_time(time, torch.broadcast_shapes(shape, generator.batch_shape), generator.num_states)
     return MatrixExp().matrix(generator, when, law)
 
 
