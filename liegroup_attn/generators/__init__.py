@@ -1,0 +1,7 @@
+"""The generator Q as a linear operator: what it does to values, its matrix, and a bound on its rates."""
+
+from liegroup_attn.generators.base import Generator
+from liegroup_attn.generators.dense import DenseGenerator
+from liegroup_attn.generators.softmax import SoftmaxGenerator
+
+__all__ = ["DenseGenerator", "Generator", "SoftmaxGenerator"]

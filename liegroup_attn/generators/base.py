@@ -1,0 +1,85 @@
+"""The contract of a generator: Q as a linear operator, its matrix, and a bound on its rates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.algebra import is_rate_matrix
+
+__all__ = ["Generator", "at_least_float32", "product"]
+
+
+class Generator(ABC):
+    """A rate matrix Q on N tokens, known by what it does: Q_ij ≥ 0 for i ≠ j, rows sum to 0.
+
+    Rows are sources and columns are targets; Q acts on the token axis of values (..., N, D).
+    """
+
+    num_states: int
+    batch_shape: torch.Size
+    is_causal: bool = False
+    dropout_p: float = 0.0
+
+    @abstractmethod
+    def apply(self, value: Tensor) -> Tensor:
+        """Q · value.
+
+        Args:
+            value: (..., N, D).
+
+        Returns:
+            (..., N, D), dtype of ``value``.
+        """
+
+    @abstractmethod
+    def jump(self, value: Tensor) -> Tensor:
+        """S · value, one jump of the jump chain.
+
+        Args:
+            value: (..., N, D).
+
+        Returns:
+            (..., N, D), dtype of ``value``.
+        """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix Q.
+
+        Returns:
+            (..., N, N), float32 or float64.
+        """
+
+    @abstractmethod
+    def rate_bound(self) -> float | Tensor:
+        """Λ with Λ ≥ every exit rate.
+
+        Returns:
+            A number, or (..., 1) for one bound per matrix.
+        """
+
+    def check(self, atol: float | None = None) -> tuple[bool, str | None]:
+        """Say whether Q is a rate matrix; forms it, and on a GPU waits for it.
+
+        Args:
+            atol: absolute tolerance; default by dtype and size.
+
+        Returns:
+            ``(True, None)`` or ``(False, reason)``.
+        """
+        return is_rate_matrix(self.dense(), atol)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision would round every hop."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def product(matrix: Tensor, value: Tensor) -> Tensor:
+    """matrix · value in the wider of both dtypes, in the value's."""
+    dtype = torch.promote_types(matrix.dtype, value.dtype)
+    with torch.autocast(value.device.type, enabled=False):
+        return (matrix.to(dtype) @ value.to(dtype)).to(value.dtype)

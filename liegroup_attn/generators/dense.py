@@ -1,0 +1,121 @@
+"""A generator given by its matrix, or by rates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liegroup_attn.algebra import is_rate_matrix
+from liegroup_attn.errors import GeneratorError, ShapeError, check_finite, check_jump_rates, check_shape, values_visible
+from liegroup_attn.generators.base import Generator, at_least_float32, product
+
+__all__ = ["DenseGenerator"]
+
+
+class DenseGenerator(Generator):
+    """A generator given by its matrix.
+
+    Args:
+        generator: (..., N, N), off-diagonals ≥ 0, zero row sums; half precision is computed in float32.
+
+    Raises:
+        ShapeError: not square, or N = 0.
+        GeneratorError: not a rate matrix (looked at on CPU only; elsewhere call ``check``).
+
+    Example:
+        >>> Q = DenseGenerator(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+        >>> Q.apply(torch.tensor([[1.0], [0.0]]))
+        tensor([[-1.],
+                [ 1.]])
+
+    Source: [Norris1997]_, section 2.1.
+    """
+
+    def __init__(self, generator: Tensor) -> None:
+        check_shape("generator", generator, least_rank=2, remedy="give square matrices (..., N, N)")
+        n = generator.size(-1)
+        if generator.size(-2) != n or n == 0:
+            raise ShapeError(
+                f"generator: expected square matrices (..., N, N) with N ≥ 1, got {tuple(generator.shape)}; "
+                "queries and keys must be the same tokens"
+            )
+        if values_visible(generator):
+            ok, reason = is_rate_matrix(generator)
+            if not ok:
+                raise GeneratorError(
+                    f"generator: expected a rate matrix, got one of which {reason}; build it from nonnegative rates "
+                    "with DenseGenerator.from_rates(R)"
+                )
+        matrix = at_least_float32(generator)
+        if matrix.dtype != generator.dtype:  # rows that sum to 0 in half precision do not in float32
+            rest = matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+            matrix = rest - torch.diag_embed(rest.sum(-1))
+        self._hold(matrix, None)
+
+    def _hold(self, matrix: Tensor, rates: Tensor | None) -> None:
+        self.num_states, self.batch_shape = matrix.size(-1), matrix.shape[:-2]
+        self._matrix, self._rates = matrix, rates
+
+    @classmethod
+    def from_rates(cls, rates: Tensor, *, jump_rates: Tensor | float | None = None) -> DenseGenerator:
+        """Q = diag(ρ)(R − diag(R1)) from rates R ≥ 0; R_ii drops out of Q and enters only the jump chain S = R / R1.
+
+        Args:
+            rates: (..., N, N), ≥ 0. A zero row keeps its value.
+            jump_rates: ρ, broadcastable to (..., N), in [0, 1]; None means 1.
+
+        Returns:
+            The generator.
+
+        Raises:
+            ShapeError: not square, or N = 0.
+            GeneratorError: negative or non-finite rates (CPU).
+
+        Example:
+            >>> DenseGenerator.from_rates(torch.ones(2, 2)).dense()
+            tensor([[-1.,  1.],
+                    [ 1., -1.]])
+        """
+        check_shape("rates", rates, least_rank=2, remedy="give square matrices (..., N, N)")
+        if rates.size(-1) != rates.size(-2) or rates.size(-1) == 0:
+            raise ShapeError(
+                f"rates: expected square matrices (..., N, N) with N ≥ 1, got {tuple(rates.shape)}; rates lead between "
+                "the same tokens"
+            )
+        check_finite("rates", rates)
+        if values_visible(rates) and float(rates.detach().min()) < 0:
+            raise GeneratorError(
+                f"rates: expected nonnegative numbers, got {float(rates.detach().min()):g}; use a rate function such as softplus"
+            )
+        rates = at_least_float32(rates)
+        rho = check_jump_rates(jump_rates, rates.shape[:-1], rates)
+        off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
+        matrix = off_diagonal - torch.diag_embed(off_diagonal.sum(-1))
+        generator = cls.__new__(cls)
+        generator._hold(matrix if rho is None else rho.unsqueeze(-1).to(matrix.dtype) * matrix, rates)
+        return generator
+
+    def apply(self, value: Tensor) -> Tensor:  # noqa: D102
+        return product(self._matrix, value)
+
+    def jump(self, value: Tensor) -> Tensor:  # noqa: D102
+        chain = self.jump_chain()
+        return product(F.dropout(chain, self.dropout_p) if self.dropout_p else chain, value)
+
+    def jump_chain(self) -> Tensor:
+        """S as a matrix (..., N, N): normalized rates, a row without rates jumps to itself."""
+        rates = self._rates
+        if rates is None:
+            rates = self._matrix - torch.diag_embed(self._matrix.diagonal(dim1=-2, dim2=-1))
+        total = rates.sum(-1, keepdim=True)
+        eye = torch.eye(self.num_states, dtype=rates.dtype, device=rates.device)
+        return torch.where(total > 0, rates / total.where(total > 0, 1), eye)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self._matrix
+
+    def rate_bound(self) -> Tensor:  # noqa: D102
+        exit_rates = -self._matrix.detach().diagonal(dim1=-2, dim2=-1)
+        bound = exit_rates.amax(-1, keepdim=True)
+        return bound.where(bound > 0, 1)  # any bound will do for Q = 0, but its gradient needs hops

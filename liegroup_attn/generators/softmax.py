@@ -1,0 +1,151 @@
+"""The generator whose jump chain is softmax attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liegroup_attn.errors import (
+    DtypeError,
+    ShapeError,
+    check_dropout,
+    check_finite,
+    check_jump_rates,
+    check_scale,
+    check_shape,
+)
+from liegroup_attn.generators.base import Generator, at_least_float32
+from liegroup_attn.rates import prepare_mask
+
+__all__ = ["SoftmaxGenerator"]
+
+
+class SoftmaxGenerator(Generator):
+    """Q = diag(ρ)(S − I) with the jump chain S = softmax(scale · q kᵀ + mask); never forms N×N to act.
+
+    One application is one ``scaled_dot_product_attention``, so its kernels, masks and memory apply.
+
+    Args:
+        query: (..., N, E).
+        key: (..., N, E), same tokens as the query.
+        jump_rates: ρ, broadcastable to (..., N), in [0, 1]; None means 1.
+        attn_mask: broadcastable to (..., N, N), bool (True = takes part) or float (added to the scores), transitively
+            closed. A row without an allowed target keeps its value.
+        is_causal: lower-triangular mask.
+        scale: of the scores; default 1/√E.
+        dropout_p: probability of dropping an entry of S, drawn anew in each jump (``dense`` drops none).
+        allow_open_mask: accept a mask that is not transitively closed; exp(tQ) then fills it.
+
+    Raises:
+        ShapeError: wrong rank, N = 0, or other tokens in the key than in the query.
+        DtypeError: mixed dtypes.
+        MaskError: see ``prepare_mask``.
+        GeneratorError: NaN in query or key, ρ outside [0, 1] (CPU).
+
+    Example:
+        >>> q = torch.zeros(1, 2, 4)
+        >>> SoftmaxGenerator(q, q).dense()
+        tensor([[[-0.5000,  0.5000],
+                 [ 0.5000, -0.5000]]])
+
+    Source: docs/mathematics, "From scores to a generator".
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        jump_rates: Tensor | float | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        allow_open_mask: bool = False,
+    ) -> None:
+        check_shape("query", query, least_rank=2, remedy="give (..., tokens, width)")
+        check_shape("key", key, least_rank=2, remedy="give (..., tokens, width)")
+        n = query.size(-2)
+        if key.size(-2) != n or n == 0 or key.size(-1) != query.size(-1):
+            raise ShapeError(
+                f"key: expected the query's N ≥ 1 tokens and width {tuple(query.shape)}, got {tuple(key.shape)}; a generator "
+                "needs queries and keys to be the same tokens (cross-attention has only first_hop=True, time=0)"
+            )
+        if query.dtype != key.dtype:
+            raise DtypeError(f"key: expected {query.dtype} as the query, got {key.dtype}; convert one of them")
+        if query.size(-1) == 0:
+            raise ShapeError(
+                f"query: expected a width of at least 1, got shape {tuple(query.shape)}; scores need features"
+            )
+        check_dropout(dropout_p)
+        check_scale(scale)
+        check_finite("query", query)
+        check_finite("key", key)
+        try:
+            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        except RuntimeError:
+            raise ShapeError(
+                f"key: expected a batch that broadcasts with the query's {tuple(query.shape)}, got {tuple(key.shape)}; "
+                "give every query head a key head"
+            ) from None
+        self.num_states, self.batch_shape = n, batch
+        self.is_causal = is_causal
+        self.query, self.key = query, key
+        self.scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+        self.dropout_p = dropout_p
+        self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n]), query)
+        self._mask = prepare_mask(attn_mask, is_causal, torch.Size([*batch, n, n]), query.dtype, allow_open_mask)
+
+    def apply(self, value: Tensor) -> Tensor:  # noqa: D102
+        moved = self.jump(value) - value
+        return moved if self.jump_rates is None else self.jump_rates.unsqueeze(-1).to(value.dtype) * moved
+
+    def jump(self, value: Tensor) -> Tensor:  # noqa: D102
+        # Iterates may be wider than the scores' dtype; the kernels want one dtype, and S only averages.
+        moved = F.scaled_dot_product_attention(
+            self.query,
+            self.key,
+            value.to(self.query.dtype),
+            attn_mask=self._mask.attn_mask,
+            dropout_p=self.dropout_p,
+            is_causal=self.is_causal,
+            scale=self.scale,
+        ).to(value.dtype)
+        no_target = self._mask.no_target
+        return moved if no_target is None else torch.where(no_target, value, moved)
+
+    def scores(self) -> Tensor:
+        """scale · q kᵀ plus a float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            query, key = at_least_float32(self.query), at_least_float32(self.key)
+            scores = self.scale * (query @ key.mT)
+            mask = self._mask.attn_mask
+            return scores if mask is None or mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+
+    def masked(self) -> Tensor | None:
+        """Which targets take no part, bool, broadcastable to (..., N, N); None means none."""
+        if self.is_causal:
+            return torch.ones(self.num_states, self.num_states, dtype=torch.bool, device=self.query.device).triu(1)
+        return self._mask.masked()
+
+    def jump_chain(self) -> Tensor:
+        """S as a matrix (..., N, N), float32 or float64."""
+        scores, masked, no_target = self.scores(), self.masked(), self._mask.no_target
+        if masked is None:
+            return scores.softmax(-1)
+        eye = torch.eye(self.num_states, dtype=torch.bool, device=scores.device)
+        if no_target is not None:  # such a row jumps to itself
+            masked = torch.where(no_target, ~eye, masked)
+        return scores.masked_fill(masked, -torch.inf).softmax(-1)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        chain = self.jump_chain()
+        moved = chain - torch.eye(self.num_states, dtype=chain.dtype, device=chain.device)
+        return moved if self.jump_rates is None else self.jump_rates.unsqueeze(-1).to(chain.dtype) * moved
+
+    def rate_bound(self) -> float:
+        """1, whatever ρ: the number of hops is known from the time alone, before data is seen."""
+        return 1.0
