@@ -3,8 +3,8 @@
 import importlib
 from typing import Any
 
-from liegroup_attn.clocks import ExponentialClock, FixedClock
-from liegroup_attn.expm import MatrixExp, TriangularSolve, Uniformization
+from liegroup_attn.clocks import ErlangClock, ExponentialClock, FixedClock
+from liegroup_attn.expm import CausalSweep, MatrixExp, ScalingSquaring, TriangularSolve, Uniformization
 from liegroup_attn.functional import expm_multiply, lie_attention, transition_matrix
 from liegroup_attn.generators import DenseGenerator, SoftmaxGenerator
 from liegroup_attn.rates import exponential, softplus, squared_relu
@@ -12,10 +12,13 @@ from liegroup_attn.rates import exponential, softplus, squared_relu
 __version__ = "0.1.0"
 
 __all__ = [
+    "CausalSweep",
     "DenseGenerator",
+    "ErlangClock",
     "ExponentialClock",
     "FixedClock",
     "MatrixExp",
+    "ScalingSquaring",
     "SoftmaxGenerator",
     "TriangularSolve",
     "Uniformization",

@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ConvergenceError
+from liegroup_attn.errors import ConvergenceError, GeneratorError
 
-__all__ = ["Clock", "ExponentialClock", "FixedClock"]
+__all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock"]
 
 _MOST_TERMS = 100_000
 
@@ -20,7 +20,12 @@ class Clock(ABC):
 
     Uniformization writes that as Σ_k p_k Pᵏ with P = I + Q/Λ; a clock knows p_k, the law of the number of hops
     when hops come at rate Λ, as a function of θ = Λt.
+
+    Attributes:
+        resolvents: s if the mixing matrix is a product of s resolvents, (I − tQ/s)^{−s}; None if it is not.
     """
+
+    resolvents: int | None = None
 
     @abstractmethod
     def terms(self, theta: float, tol: float) -> int:
@@ -104,7 +109,75 @@ class FixedClock(Clock):
         return _lump(torch.where(theta < 1, small, large))
 
 
-class ExponentialClock(Clock):
+class ErlangClock(Clock):
+    """τ is a sum of s independent exponential times: the mixing matrix is (I − tQ/s)^{−s}, hops are negative binomial.
+
+    Between the two others: s = 1 is the exponential clock, s → ∞ the fixed one.
+
+    Args:
+        shape: s ≥ 1, an integer.
+
+    Raises:
+        GeneratorError: not an integer, or < 1.
+
+    Example:
+        >>> ErlangClock(2).hop_weights(torch.tensor(1.0), 2)
+        tensor([0.4444, 0.2963, 0.2593], dtype=torch.float64)
+
+    Source: [Norris1997]_, section 4.2 (resolvent).
+    """
+
+    resolvents: int
+
+    def __init__(self, shape: int) -> None:
+        if not isinstance(shape, int) or isinstance(shape, bool) or shape < 1:
+            raise GeneratorError(f"shape: expected an integer of at least 1, got {shape!r}; 1 is the exponential clock")
+        self.resolvents = shape
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.resolvents})"
+
+    def terms(self, theta: float, tol: float) -> int:  # noqa: D102
+        if theta == 0:
+            return 0
+        s, log_onward = self.resolvents, -math.log1p(self.resolvents / theta)
+        start = s * -math.log1p(theta / s)
+
+        def p(k: int) -> float:
+            return math.exp(math.lgamma(k + s) - math.lgamma(s) - math.lgamma(k + 1) + start + k * log_onward)
+
+        # As for the fixed clock: from far out, where the sum of all that follows is known to be nothing.
+        def is_far(k: int) -> bool:
+            ratio = math.exp(log_onward) * (k + s) / (k + 1)  # falls with k: the tail is under a geometric one
+            return ratio < 1 and p(k) / (1 - ratio) < 1e-20 * tol
+
+        k = s
+        while not is_far(k):
+            k *= 2
+            if k > 4 * _MOST_TERMS:
+                raise ConvergenceError(
+                    f"time: expected a mean number of hops under about 1000, got {theta:g}; use method=MatrixExp()"
+                )
+        tail = 0.0
+        while k > 1:
+            if tail + p(k) > tol:
+                return k
+            tail += p(k)
+            k -= 1
+        return 1
+
+    def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
+        theta, s = theta.to(torch.float64), self.resolvents
+        k = torch.arange(terms, dtype=torch.float64, device=theta.device)
+        ways = (
+            ((k + s - 1) / k.clamp_min(1)).index_fill(0, k[:1].long(), 1.0).cumprod(0)
+        )  # C(k + s − 1, k), exactly 1 first
+        k, ways = (x.view(-1, *[1] * theta.dim()) for x in (k, ways))
+        onward = theta / (s + theta)
+        return _lump(ways * (1 - onward) ** s * onward**k)
+
+
+class ExponentialClock(ErlangClock):
     """τ exponential with mean t: the mixing matrix is the resolvent (I − tQ)⁻¹ and hops are geometric.
 
     Example:
@@ -113,6 +186,9 @@ class ExponentialClock(Clock):
 
     Source: [Norris1997]_, section 4.2 (resolvent).
     """
+
+    def __init__(self) -> None:
+        super().__init__(1)
 
     def terms(self, theta: float, tol: float) -> int:  # noqa: D102
         if theta == 0:
@@ -124,8 +200,5 @@ class ExponentialClock(Clock):
             )
         return max(k, 1)
 
-    def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
-        theta = theta.to(torch.float64)
-        k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
-        onward = theta / (1 + theta)
-        return _lump((1 - onward) * onward**k)
+    def __repr__(self) -> str:
+        return "ExponentialClock()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -19,14 +20,11 @@ from liegroup_attn.errors import (
     check_time,
     values_visible,
 )
-from liegroup_attn.expm import MatrixExp, Method, Uniformization, choose_method
-from liegroup_attn.expm.base import per_row
+from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
 from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
 from liegroup_attn.rates import prepare_mask
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
-
-_TOL = 1e-7  # for choosing; the hops themselves go to the rounding unit of the input
 
 
 def expm_multiply(
@@ -44,7 +42,7 @@ def expm_multiply(
         value: (..., N, D).
         time: mean of τ, ≥ 0, a number or broadcastable to (..., N), one per query row; (heads, 1) is one per head.
         clock: law of τ; None is the fixed clock τ = t, i.e. exp(tQ)V.
-        method: how. None chooses by N, the number of hops, clock and causality, see ``expm.choose_method``.
+        method: how. None chooses by generator, number of hops, size, device and dtype, see ``expm.Automatic``.
 
     Returns:
         (..., N, D), dtype of ``value``; each output is a convex combination of values.
@@ -81,7 +79,7 @@ def expm_multiply(
     batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
     when = check_time(time, batch, generator.num_states)
     law, how = _check_law(clock, method)
-    return (_choose(generator, when, law) if how is None else how).act(generator, value, when, law)
+    return how.act(generator, value, when, law)
 
 
 def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock: Clock | None = None) -> Tensor:
@@ -190,7 +188,7 @@ def lie_attention(
     query, key, value = check_qkv(query, key, value, enable_gqa)
     check_dropout(dropout_p)
     check_scale(scale)
-    clock, method = _check_law(clock, method)
+    clock, how = _check_law(clock, method)
     if rate_fn is not None and not callable(rate_fn):
         raise GeneratorError(
             f"rate_fn: expected a function of scores, got {rate_fn!r}; pass liegroup_attn.softplus itself"
@@ -218,15 +216,18 @@ def lie_attention(
         allow_open_mask=allow_open_mask,
     )
     generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
-    if not still:
-        how = _choose(generator, when, clock) if method is None else method
-        if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
-            eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
-            mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, clock)
-            value = F.dropout(mixing, dropout_p) @ value
-        else:
-            value = how.act(generator, value, when, clock)
-    return generator.jump(value) if first_hop else value
+    if still:
+        return generator.jump(value) if first_hop else value
+    if isinstance(how, Automatic):
+        if how.longest is None and isinstance(time, numbers.Real) and rate_fn is None:
+            how = Automatic(how.tol, float(time))  # a number is known without a look at any tensor
+        how = how.choose(generator, value, when, clock)
+    if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
+        eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
+        mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, clock)
+        value = F.dropout(mixing, dropout_p) @ value
+        return generator.jump(value) if first_hop else value
+    return how.act(generator, value, when, clock, first_hop)
 
 
 def _with_rates(chain: SoftmaxGenerator, rate_fn: Callable[[Tensor], Tensor]) -> DenseGenerator:
@@ -263,7 +264,7 @@ def _softmax_across(
     return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)
 
 
-def _check_law(clock: Clock | None, method: Method | None) -> tuple[Clock, Method | None]:
+def _check_law(clock: Clock | None, method: Method | None) -> tuple[Clock, Method]:
     law = FixedClock() if clock is None else clock
     if not isinstance(law, Clock):
         raise GeneratorError(
@@ -271,20 +272,7 @@ def _check_law(clock: Clock | None, method: Method | None) -> tuple[Clock, Metho
         )
     if method is not None and not isinstance(method, Method):
         raise GeneratorError(f"method: expected a Method such as Uniformization(), got {method!r}; None chooses")
-    return law, method
-
-
-def _choose(generator: Generator, time: Tensor, clock: Clock) -> Method:
-    hops = time.detach() * generator.rate_bound()
-    longest = float(hops.max()) if hops.numel() else 0.0
-    return choose_method(
-        clock,
-        longest,
-        _TOL,
-        num_tokens=generator.num_states,
-        is_causal=generator.is_causal,
-        per_row=per_row(time),
-    )
+    return law, Automatic() if method is None else method
 
 
 def _broadcast(first: torch.Size, second: torch.Size) -> bool:

@@ -39,7 +39,15 @@ CLOCKS = {
         lambda flow: np.linalg.inv(np.eye(flow.shape[-1]) - flow),
         lambda flow: torch.linalg.inv(torch.eye(flow.size(-1), dtype=flow.dtype) - flow),
     ),
+    "erlang": ClockCase(
+        la.ErlangClock(3),
+        lambda flow: np.linalg.matrix_power(np.linalg.inv(np.eye(flow.shape[-1]) - flow / 3), 3),
+        lambda flow: torch.linalg.matrix_power(
+            torch.linalg.inv(torch.eye(flow.size(-1), dtype=flow.dtype) - flow / 3), 3
+        ),
+    ),
 }
+RESOLVENTS = ("exponential", "erlang")
 FIRST_HOP = (False, True)
 
 
@@ -149,17 +157,23 @@ class Combination(NamedTuple):
 class MethodCase(NamedTuple):
     method: Any
     suits: Callable[[Combination], bool]
+    takes_rows: Callable[[Combination], bool] = lambda c: True  # whether one time per query row is possible
 
 
-def _triangular(c: Combination) -> bool:
-    return c.clock == "exponential" and c.mask == "causal" and c.rates == "jump chain"
+def _causal(c: Combination) -> bool:
+    return c.mask == "causal" and c.rates == "jump chain"
 
 
 METHODS = {
     "default": MethodCase(None, lambda c: True),
     "matrix exp": MethodCase(la.MatrixExp(), lambda c: True),
     "uniformization": MethodCase(la.Uniformization(), lambda c: True),
-    "triangular": MethodCase(la.TriangularSolve(), _triangular),
+    "formed hops": MethodCase(la.Uniformization(formed=True), lambda c: True),
+    "triangular": MethodCase(
+        la.TriangularSolve(), lambda c: c.clock in RESOLVENTS and c.mask == "causal", lambda c: False
+    ),
+    "sweep": MethodCase(la.CausalSweep(block_size=5), _causal, lambda c: c.clock not in RESOLVENTS),
+    "squaring": MethodCase(la.ScalingSquaring(), lambda c: c.clock == "fixed", lambda c: False),
 }
 
 
@@ -169,11 +183,16 @@ def combinations(
     method: Any = tuple(METHODS),
     mask: Any = tuple(MASKS),
     rates: Any = tuple(RATE_FNS),
+    per_row: bool = False,
 ) -> Iterator[Any]:
-    """Valid combinations as pytest parameters; each argument narrows its column to the rows named."""
-    for row in itertools.product(clock, first_hop, method, mask, rates):
-        combination = Combination(*row)
-        if METHODS[combination.method].suits(combination):
+    """Valid combinations as pytest parameters; each argument narrows its column to the rows named.
+
+    With ``per_row`` those that take one time per query row.
+    """
+    for columns in itertools.product(clock, first_hop, method, mask, rates):
+        combination = Combination(*columns)
+        row = METHODS[combination.method]
+        if row.suits(combination) and (row.takes_rows(combination) or not per_row):
             yield pytest.param(combination, id=str(combination))
 
 

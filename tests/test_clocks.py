@@ -13,6 +13,7 @@ from liegroup_attn.errors import ConvergenceError
 LAWS = {  # clock -> (object, hops as a SciPy distribution on 0, 1, 2, …)
     "fixed": (la.FixedClock(), lambda theta: scipy.stats.poisson(theta)),
     "exponential": (la.ExponentialClock(), lambda theta: scipy.stats.geom(1 / (1 + theta), loc=-1)),
+    "erlang": (la.ErlangClock(3), lambda theta: scipy.stats.nbinom(3, 3 / (3 + theta))),
 }
 THETAS = (1e-3, 0.5, 0.999, 1.0, 1.001, 4.0, 32.0, 300.0)
 over_laws = pytest.mark.parametrize("law", list(LAWS))
@@ -115,6 +116,22 @@ def test_gradient_of_geometric_weights(theta):
     np.testing.assert_allclose(gradient, np.append(expected, -expected.sum()), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [1, 2, 7, 40])
+@pytest.mark.parametrize("theta", THETAS)
+@pytest.mark.parametrize("tol", [0.3, 1e-3, 1e-13])
+def test_erlang_counts_the_fewest_hops_at_every_shape(shape, theta, tol):
+    k, law = la.ErlangClock(shape).terms(theta, tol), scipy.stats.nbinom(shape, shape / (shape + theta))
+    assert law.sf(k) <= tol * (1 + 1e-9)
+    assert k == 1 or law.sf(k - 1) > tol / (1 + 1e-9)
+
+
+def test_erlang_lies_between_the_exponential_and_the_fixed_clock():
+    theta = torch.tensor(2.0)
+    one, many = la.ErlangClock(1).hop_weights(theta, 30), la.ErlangClock(100_000).hop_weights(theta, 30)
+    torch.testing.assert_close(one, la.ExponentialClock().hop_weights(theta, 30))
+    torch.testing.assert_close(many, la.FixedClock().hop_weights(theta, 30), atol=1e-4, rtol=0)
+
+
 @over_laws
 @pytest.mark.parametrize("theta", [0.5, 4.0, 16.0])
 @pytest.mark.parametrize("terms", [1, 2, 5, 12])
@@ -144,4 +161,4 @@ def test_the_mean_over_an_exponential_time_is_the_resolvent():
 
 @over_laws
 def test_clocks_say_what_they_are(law):
-    assert repr(LAWS[law][0]) == f"{type(LAWS[law][0]).__name__}()"
+    assert repr(LAWS[law][0]) == {"erlang": "ErlangClock(3)"}.get(law, f"{type(LAWS[law][0]).__name__}()")

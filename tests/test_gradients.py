@@ -20,7 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import liegroup_attn as la
 
-METHODS = ("matrix exp", "uniformization", "triangular")  # the default is one of them
+METHODS = (
+    "matrix exp",
+    "uniformization",
+    "formed hops",
+    "triangular",
+    "sweep",
+    "squaring",
+)  # the default is one of them
 
 
 def _leaves(p):
@@ -77,9 +84,7 @@ def test_gradcheck_of_rate_functions(c):
     _check(_small(c, [[0.5], [1.1]]))
 
 
-@pytest.mark.parametrize(
-    "c", list(combinations(method=("matrix exp", "uniformization"), mask=("causal",), rates=("jump chain",)))
-)
+@pytest.mark.parametrize("c", list(combinations(method=METHODS, mask=("causal",), rates=("jump chain",), per_row=True)))
 def test_gradcheck_of_one_time_per_row(c):
     _check(_small(c, [[0.4, 0.7, 1.9], [0.3, 1.0, 2.2]]))
 

@@ -1,9 +1,20 @@
-"""How E[exp(τQ)]V is computed: a dense reference, uniformization, and a triangular solve."""
+"""How E[exp(τQ)]V is computed: dense references, hops, block sweeps, and the choice between them."""
 
-from liegroup_attn.expm.base import Method
-from liegroup_attn.expm.choice import choose_method
+from liegroup_attn.expm.base import HopMethod, Method
+from liegroup_attn.expm.choice import Automatic
 from liegroup_attn.expm.dense import MatrixExp
+from liegroup_attn.expm.squaring import ScalingSquaring
+from liegroup_attn.expm.sweep import CausalSweep
 from liegroup_attn.expm.triangular import TriangularSolve
 from liegroup_attn.expm.uniformization import Uniformization
 
-__all__ = ["MatrixExp", "Method", "TriangularSolve", "Uniformization", "choose_method"]
+__all__ = [
+    "Automatic",
+    "CausalSweep",
+    "HopMethod",
+    "MatrixExp",
+    "Method",
+    "ScalingSquaring",
+    "TriangularSolve",
+    "Uniformization",
+]

@@ -1,38 +1,87 @@
-"""The contract of a method, and the dtype in which iterates are kept."""
+"""The contract of a method, and what several methods need: hops to count, times, shapes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
+from liegroup_attn.errors import ConvergenceError, GeneratorError
 from liegroup_attn.generators import Generator
 
-__all__ = ["Method", "per_row", "working_dtype"]
+__all__ = ["HopMethod", "Method", "flatten_batch", "mixture", "per_row", "working_dtype"]
 
 
 class Method(ABC):
     """How E[exp(τQ)]V is computed; its knobs live in the object."""
 
     @abstractmethod
-    def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock) -> Tensor:
-        """E[exp(τQ)] · value.
+    def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False) -> Tensor:
+        """E[exp(τQ)] · value, or S · E[exp(τQ)] · value.
 
         Args:
             generator: Q on N tokens.
             value: (..., N, D).
-            time: mean of τ, ≥ 0: 0-dimensional, or (..., 1), or (..., N) for one time per query row.
+            time: mean of τ, ≥ 0: 0-dimensional, or (..., 1), or (..., N) for one time per query row; dimensions before
+                those of generator and value are several times at once.
             clock: law of τ.
+            first_hop: first jump, then run.
 
         Returns:
             (..., N, D), dtype of ``value``.
         """
 
     def __repr__(self) -> str:
-        knobs = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
+        knobs = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if v not in (None, False))
         return f"{type(self).__name__}({knobs})"
+
+
+class HopMethod(Method):
+    """A method that counts hops, to a tolerance or to a number.
+
+    Args:
+        tol: largest P(hops > K); default the rounding unit of the input (1e-3 for half precision, whose attention is
+            no more exact than that).
+        max_terms: K. Alone, it is taken as it is: no look at the time, hence no wait for a GPU and no graph break.
+            With ``tol``, the time must allow it.
+
+    Raises:
+        GeneratorError: tol outside (0, 1), max_terms < 1.
+    """
+
+    def __init__(self, tol: float | None = None, max_terms: int | None = None) -> None:
+        if tol is not None and not 0 < tol < 1:
+            raise GeneratorError(f"tol: expected a probability in (0, 1), got {tol}; choose 1e-3 or smaller")
+        if max_terms is not None and max_terms < 1:
+            raise GeneratorError(f"max_terms: expected at least 1, got {max_terms}; pass None to let tol choose")
+        self.tol = tol
+        self.max_terms = max_terms
+
+    def count_hops(self, theta: Tensor, dtype: torch.dtype, clock: Clock) -> int:
+        """K for mean numbers of hops θ.
+
+        Raises:
+            ConvergenceError: ``tol`` and ``max_terms`` are both given and K hops do not reach ``tol``.
+        """
+        if self.tol is None and self.max_terms is not None:
+            return self.max_terms
+        tol = default_tol(dtype) if self.tol is None else self.tol
+        terms = clock.terms(float(theta.detach().max()) if theta.numel() else 0.0, tol)
+        if theta.requires_grad:  # at θ = 0 the value needs no hop, the gradient needs one
+            terms = max(terms, 1)
+        if self.max_terms is not None and terms > self.max_terms:
+            raise ConvergenceError(
+                f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
+            )
+        return terms
+
+
+def default_tol(dtype: torch.dtype) -> float:
+    """The rounding unit, 1e-3 for half precision."""
+    return min(torch.finfo(dtype).eps, 1e-3)
 
 
 def working_dtype(value: Tensor) -> torch.dtype:
@@ -43,3 +92,26 @@ def working_dtype(value: Tensor) -> torch.dtype:
 def per_row(time: Tensor) -> bool:
     """Whether the time differs from query row to query row."""
     return time.dim() > 0 and time.size(-1) > 1
+
+
+def flatten_batch(batch: torch.Size, tensor: Tensor, dims: int = 2) -> Tensor:
+    """(..., *last dims) → (B, *last dims), expanded to ``batch`` first."""
+    return tensor.expand(*batch, *tensor.shape[-dims:]).reshape(batch.numel(), *tensor.shape[-dims:])
+
+
+def mixture(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
+    """Σ_k p_k x_k.
+
+    Args:
+        weights: p, (K + 1, ...) with last size 1 or N, or (K + 1,).
+        terms: K + 1 of (..., N, D).
+
+    Returns:
+        (..., N, D); leading dimensions of the weights that the terms lack come first.
+    """
+    weights = weights.to(terms[0].dtype)
+    rows = weights.unsqueeze(-1) if weights.dim() > 1 else weights
+    total = rows[0] * terms[0]
+    for weight, term in zip(rows[1:], terms[1:], strict=True):
+        total = total + weight * term
+    return total

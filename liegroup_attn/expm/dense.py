@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.clocks import Clock, ExponentialClock, FixedClock
+from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.expm.base import Method, working_dtype
 from liegroup_attn.generators import Generator
@@ -14,7 +14,7 @@ __all__ = ["MatrixExp"]
 
 
 class MatrixExp(Method):
-    """Dense mixing: ``torch.matrix_exp`` for a fixed clock, one ``torch.linalg.solve`` for an exponential one.
+    """Dense mixing: ``torch.matrix_exp`` for a fixed clock, ``torch.linalg.solve`` for resolvents.
 
     Costs N³ and N² memory (one time per query row: N times that), in float32 or float64 whatever the input. Both
     work on the transpose: there a sink column costs ``matrix_exp`` no accuracy, and the solve never needs to
@@ -30,11 +30,14 @@ class MatrixExp(Method):
     Source: [Moler2003]_, [AlMohy2009]_.
     """
 
-    def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock) -> Tensor:  # noqa: D102
+    def act(  # noqa: D102
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
+    ) -> Tensor:
         mixing = self.matrix(generator, time, clock)
         with torch.autocast(value.device.type, enabled=False):
             dtype = torch.promote_types(mixing.dtype, working_dtype(value))
-            return (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
+            mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
+        return generator.jump(mixed) if first_hop else mixed
 
     def matrix(self, generator: Generator, time: Tensor, clock: Clock) -> Tensor:
         """E[exp(τQ)] as a matrix: entries ≥ 0, rows sum to 1.
@@ -55,13 +58,13 @@ class MatrixExp(Method):
             time = time.to(dense)
             # (..., M, N, N), M = 1 or N: one matrix per query row that has a time of its own.
             flow = (time[..., None, None] if time.dim() else time) * dense.unsqueeze(-3)
-            if isinstance(clock, FixedClock):
+            if clock.resolvents is not None:
+                mixing = _resolvent(flow / clock.resolvents, clock.resolvents)
+            elif isinstance(clock, FixedClock):
                 mixing = _matrix_exp(flow)
-            elif isinstance(clock, ExponentialClock):
-                mixing = _resolvent(flow)
             else:
                 raise GeneratorError(
-                    f"clock: expected FixedClock or ExponentialClock, got {clock!r}; use method=Uniformization()"
+                    f"clock: expected FixedClock, ExponentialClock or ErlangClock, got {clock!r}; use method=Uniformization()"
                 )
             many = mixing.size(-3) > 1
             mixing = mixing.diagonal(dim1=-3, dim2=-2).mT if many else mixing.squeeze(-3)  # row i of matrix i
@@ -79,6 +82,9 @@ def _matrix_exp(flow: Tensor) -> Tensor:
     return torch.matrix_exp(transposed).mT
 
 
-def _resolvent(flow: Tensor) -> Tensor:
+def _resolvent(flow: Tensor, power: int) -> Tensor:
     eye = torch.eye(flow.size(-1), dtype=flow.dtype, device=flow.device)
-    return torch.linalg.solve(eye - flow.mT, eye.expand_as(flow)).mT
+    found = eye.expand_as(flow)
+    for _ in range(power):
+        found = torch.linalg.solve(eye - flow.mT, found)
+    return found.mT

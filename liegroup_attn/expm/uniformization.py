@@ -1,4 +1,4 @@
-"""exp(tQ)V as a Poisson (or geometric) mixture of hops, each one attention."""
+"""exp(tQ)V as a mixture of hops: over a formed S, or each one attention."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import ConvergenceError, GeneratorError
-from liegroup_attn.expm.base import Method, working_dtype
+from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
+from liegroup_attn.expm.jumps import Plan, formed_jumps, iterates
+from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 
 __all__ = ["Uniformization"]
 
+_HOP_OVER_PRODUCT = 1.5  # seconds of a multiply-add in a hop over one in a product of matrices
 
-class Uniformization(Method):
+
+class Uniformization(HopMethod):
     """E[exp(τQ)]V = Σ_k p_k PᵏV with P = I + Q/Λ; all terms are nonnegative, so nothing cancels.
 
     The weight beyond K is lumped on the last hop: rows sum to 1 at every K, and the error is at most
-    P(hops > K) · osc(PᴷV), where osc is max − min per column. Never forms N×N for a ``SoftmaxGenerator``.
+    P(hops > K) · osc(PᴷV), where osc is max − min per column.
 
     Args:
-        tol: largest P(hops > K); default the rounding unit of the input (1e-3 for half precision, whose attention is
-            no more exact than that).
-        max_terms: K. Alone, it is taken as it is: no look at the time, hence no wait for a GPU and no graph break.
-            With ``tol``, the time must allow it.
+        tol: as in ``HopMethod``.
+        max_terms: as in ``HopMethod``.
+        formed: form P once and hop on it, with a reverse sweep that forms one N×N product for all hops (or, where that
+            is cheaper, Σ p_k Pᵏ first: the same result); else never form N×N, each hop is one ``generator.apply``, for
+            a ``SoftmaxGenerator`` one fused attention kernel.
 
     Raises:
         GeneratorError: tol outside (0, 1), max_terms < 1.
@@ -39,45 +43,62 @@ class Uniformization(Method):
     Source: [Jensen1953]_, [Moler2003]_.
     """
 
-    def __init__(self, tol: float | None = None, max_terms: int | None = None) -> None:
-        if tol is not None and not 0 < tol < 1:
-            raise GeneratorError(f"tol: expected a probability in (0, 1), got {tol}; choose 1e-3 or smaller")
-        if max_terms is not None and max_terms < 1:
-            raise GeneratorError(f"max_terms: expected at least 1, got {max_terms}; pass None to let tol choose")
-        self.tol = tol
-        self.max_terms = max_terms
+    def __init__(self, tol: float | None = None, max_terms: int | None = None, *, formed: bool = False) -> None:
+        super().__init__(tol, max_terms)
+        self.formed = formed
 
-    def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock) -> Tensor:  # noqa: D102
+    def act(  # noqa: D102
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
+    ) -> Tensor:
         bound = generator.rate_bound()
         theta = time * bound  # mean number of hops
-        terms = self._terms(theta, value.dtype, clock)
-        weights = clock.hop_weights(theta, terms)  # (K + 1, ...)
-        dtype = working_dtype(value)
-        hop = value.to(dtype)
-        total = _row(weights[0], dtype) * hop
-        for weight in weights[1:]:
-            hop = hop + generator.apply(hop) / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound)
-            total = total + _row(weight, dtype) * hop
-        return total.to(value.dtype)
-
-    def _terms(self, theta: Tensor, dtype: torch.dtype, clock: Clock) -> int:
-        if self.tol is None and self.max_terms is not None:
-            return self.max_terms
-        tol = self.tol if self.tol is not None else _default_tol(dtype)
-        terms = clock.terms(float(theta.detach().max()) if theta.numel() else 0.0, tol)
-        if theta.requires_grad:  # at θ = 0 the value needs no hop, the gradient needs one
-            terms = max(terms, 1)
-        if self.max_terms is not None and terms > self.max_terms:
-            raise ConvergenceError(
-                f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
-            )
-        return terms
+        hops = self.count_hops(theta, value.dtype, clock)
+        weights = clock.hop_weights(theta, hops)  # (K + 1, ...)
+        wide = value.to(working_dtype(value))
+        if self.formed and not generator.dropout_p:
+            mixed = _hop_on_formed(generator, wide, weights, first_hop)
+            return mixed.to(value.dtype)
+        terms = [wide]
+        for _ in range(hops):
+            step = generator.apply(terms[-1])
+            terms.append(terms[-1] + step / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound))
+        mixed = mixture(weights, terms)
+        return (generator.jump(mixed) if first_hop else mixed).to(value.dtype)
 
 
-def _default_tol(dtype: torch.dtype) -> float:
-    return min(torch.finfo(dtype).eps, 1e-3)
+def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_hop: bool) -> Tensor:
+    chain, onward = generator.uniformized()
+    with torch.autocast(value.device.type, enabled=False):
+        batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2])
+        dtype = torch.promote_types(chain.dtype, value.dtype)
+        flat = flatten_batch(batch, value.to(dtype))
+        a = (
+            None
+            if onward is None
+            else flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], chain.size(-1)), 1)
+        )
+        shape = (*batch, *value.shape[-2:])
+        few = weights.shape[1:-1].numel() <= batch.numel() and not per_row(weights[0])  # one p a matrix
+        if few and matrix_first(len(weights) - 1, *value.shape[-2:]):
+            if onward is not None:
+                eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
+                chain = eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
+            mixed = matrix_polynomial(weights.to(chain.device), chain.to(dtype)) @ value.to(dtype)
+            return generator.jump(mixed) if first_hop else mixed
+        # S Σ p_k X_k = Σ p_k J_k: the first hop is one jump more from each iterate (one p for all rows, S at hand).
+        joint = first_hop and generator.jumps_on_uniformized and not per_row(weights[0])
+        plan = Plan(len(weights) - 1 + joint, implicit=False)
+        terms = [flat]
+        if plan.jumps:
+            jumps = formed_jumps(flatten_batch(batch, chain.to(dtype)), a, flat, plan)
+            terms = list(jumps.split(value.size(-1), -1)) if joint else iterates(flat, jumps, a, plan)
+        mixed = mixture(weights, [term.reshape(shape) for term in terms])
+    return generator.jump(mixed) if first_hop and not joint else mixed
 
 
-def _row(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., 1 or N) → (..., 1 or N, 1); a number stays a number, on whatever device."""
-    return weight.to(dtype).unsqueeze(-1) if weight.dim() else weight.to(dtype)
+def matrix_first(hops: int, num_tokens: int, width: int) -> bool:
+    """Whether Σ p_k Pᵏ is cheaper as a matrix (products of N×N) than applied hop by hop (products of N×D).
+
+    The result is the same but for rounding. The factor is fitted to experiments/benchmarks/results.
+    """
+    return hops > 1 and (products(hops) + 1) * num_tokens < _HOP_OVER_PRODUCT * hops * width

@@ -22,6 +22,7 @@ class Generator(ABC):
     batch_shape: torch.Size
     is_causal: bool = False
     dropout_p: float = 0.0
+    jumps_on_uniformized: bool = False  # whether ``uniformized`` gives S itself
 
     @abstractmethod
     def apply(self, value: Tensor) -> Tensor:
@@ -52,6 +53,16 @@ class Generator(ABC):
         Returns:
             (..., N, N), float32 or float64.
         """
+
+    def uniformized(self) -> tuple[Tensor, Tensor | None]:
+        """P = I + Q/Λ as a stochastic matrix and rates a, P = I + diag(a)(matrix − I); forms N×N.
+
+        Returns:
+            (..., N, N), float32 or float64, and (..., 1 or N), or None for 1.
+        """
+        dense, bound = self.dense(), self.rate_bound()
+        eye = torch.eye(self.num_states, dtype=dense.dtype, device=dense.device)
+        return eye + dense / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound), None
 
     @abstractmethod
     def rate_bound(self) -> float | Tensor:

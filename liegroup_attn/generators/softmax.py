@@ -54,6 +54,8 @@ class SoftmaxGenerator(Generator):
     Source: docs/mathematics, "From scores to a generator".
     """
 
+    jumps_on_uniformized = True
+
     def __init__(
         self,
         query: Tensor,
@@ -105,10 +107,12 @@ class SoftmaxGenerator(Generator):
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         # Iterates may be wider than the scores' dtype; the kernels want one dtype, and S only averages.
+        batch = torch.broadcast_shapes(self.batch_shape, value.shape[:-2])
+        query, key, values = (x.expand(*batch, *x.shape[-2:]) for x in (self.query, self.key, value))
         moved = F.scaled_dot_product_attention(
-            self.query,
-            self.key,
-            value.to(self.query.dtype),
+            query,
+            key,
+            values.to(query.dtype),
             attn_mask=self._mask.attn_mask,
             dropout_p=self.dropout_p,
             is_causal=self.is_causal,
@@ -121,7 +125,7 @@ class SoftmaxGenerator(Generator):
         """scale · q kᵀ plus a float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
         with torch.autocast(self.query.device.type, enabled=False):
             query, key = at_least_float32(self.query), at_least_float32(self.key)
-            scores = self.scale * (query @ key.mT)
+            scores = (self.scale * query) @ key.mT
             mask = self._mask.attn_mask
             return scores if mask is None or mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
@@ -145,6 +149,9 @@ class SoftmaxGenerator(Generator):
         chain = self.jump_chain()
         moved = chain - torch.eye(self.num_states, dtype=chain.dtype, device=chain.device)
         return moved if self.jump_rates is None else self.jump_rates.unsqueeze(-1).to(chain.dtype) * moved
+
+    def uniformized(self) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        return self.jump_chain(), self.jump_rates
 
     def rate_bound(self) -> float:
         """1, whatever ρ: the number of hops is known from the time alone, before data is seen."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError
-from liegroup_attn.expm import Method, choose_method
+from liegroup_attn.expm import Automatic, Method
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
@@ -37,8 +37,8 @@ class LieAttention(SelfAttention):
         clock: law of the time; None is fixed (Poisson hops), ``ExponentialClock()`` the resolvent.
         rate_fn: scores → rates; None is the jump chain.
         tol: largest probability of hops beyond those computed.
-        method: how exp(tQ)V is computed. None chooses by N, clock and the hops that ``max_time`` and ``tol`` ask for, see
-            ``expm.choose_method``.
+        method: how exp(tQ)V is computed. None chooses by clock, size and the hops that ``max_time`` and ``tol`` ask for,
+            see ``expm.Automatic``.
         allow_open_mask: accept masks that are not transitively closed and let exp(tQ) fill them; skips the check.
         **options: those of ``SelfAttention``.
 
@@ -180,22 +180,14 @@ class LieAttention(SelfAttention):
             first_hop=self.first_hop,
             clock=self.clock,
             rate_fn=self.rate_fn,
-            method=self._method(x.size(1)),
+            method=self._method(),
             allow_open_mask=self.allow_open_mask,
         )
 
-    def _method(self, num_tokens: int) -> Method | None:
-        if self.method is not None or self.rate_fn is not None:
+    def _method(self) -> Method | None:
+        if self.method is not None or self.rate_fn is not None:  # the rates of a rate_fn are not known before data is
             return self.method
-        return choose_method(
-            self.clock or FixedClock(),
-            self.max_time * self.time_scale,
-            self.tol,
-            num_tokens=num_tokens,
-            is_causal=self.is_causal,
-            per_row=False,
-            fixed_terms=True,
-        )
+        return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
 
 
 def scale_time(module: nn.Module, factor: float) -> int:

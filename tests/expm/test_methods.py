@@ -1,5 +1,7 @@
 """Each method against the golden reference at its own knobs, and the rule by which one is chosen."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -7,7 +9,7 @@ import torch
 from cases import CLOCKS, METHODS, Combination, golden_chain, problem
 
 import liegroup_attn as la
-from liegroup_attn.expm import choose_method
+from liegroup_attn.expm import Automatic
 from liegroup_attn.expm.base import Method, per_row, working_dtype
 
 
@@ -21,7 +23,7 @@ def test_every_method_is_in_the_table():
         found = base.__subclasses__()
         return {leaf for sub in found for leaf in leaves(sub)} if found else {base}
 
-    assert leaves(Method) <= {type(row.method) for row in METHODS.values()}
+    assert leaves(Method) <= {type(row.method) for row in METHODS.values()} | {Automatic}
 
 
 @pytest.mark.parametrize("tol", [0.1, 1e-3, 1e-6, 1e-12])
@@ -125,7 +127,7 @@ def test_triangular_solve_at_every_time(time):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_values_that_broadcast_against_the_generator(method):
     """One value for every head, and one generator for every item."""
-    clock = "exponential"
+    clock = "fixed" if method == "squaring" else "exponential"
     generator = _chain(is_causal=True)
     _, q = golden_chain(generator.query, generator.key, is_causal=True)
     mixing = CLOCKS[clock].golden(0.9 * q)
@@ -155,36 +157,86 @@ def test_a_time_per_row_is_told_from_one_per_head():
 
 # --- the choice -----------------------------------------------------------------------------------------------
 
-CHOICES = [
-    # clock, longest, N, causal, per row -> method
-    (la.FixedClock(), 1.0, 512, False, False, la.Uniformization),
-    (la.FixedClock(), 1.0, 8, True, False, la.Uniformization),
-    (la.FixedClock(), 63.0, 512, False, False, la.MatrixExp),
-    (la.FixedClock(), 1e30, 512, False, False, la.MatrixExp),
-    (la.FixedClock(), 20.0, 24, False, False, la.MatrixExp),
-    (la.FixedClock(), 20.0, 512, False, False, la.Uniformization),
-    (la.ExponentialClock(), 1.0, 512, True, False, la.TriangularSolve),
-    (la.ExponentialClock(), 1e30, 512, True, False, la.TriangularSolve),
-    (la.ExponentialClock(), 1.0, 512, False, False, la.Uniformization),
-    (la.ExponentialClock(), 1e30, 512, False, False, la.MatrixExp),
-    (la.FixedClock(), 200.0, 512, False, True, la.Uniformization),
-    (la.ExponentialClock(), 1.0, 512, True, True, la.Uniformization),
-]
+HOPS = la.Uniformization
 
 
-@pytest.mark.parametrize(("clock", "longest", "n", "causal", "rows", "method"), CHOICES)
-def test_choice(clock, longest, n, causal, rows, method):
-    chosen = choose_method(clock, longest, 1e-7, num_tokens=n, is_causal=causal, per_row=rows)
-    assert type(chosen) is method
+class Choice(NamedTuple):
+    """One call and the method that must serve it."""
+
+    method: type
+    clock: Any = None
+    time: float = 1.0
+    shape: tuple = (1, 2, 96, 16)
+    causal: bool = False
+    rows: bool = False
+    dense: bool = False
+    formed: bool = False  # of Uniformization
+    streams: bool = False
 
 
-def test_a_fixed_number_of_terms_does_not_look_at_the_time():
-    chosen = choose_method(la.FixedClock(), 2.0, 1e-3, num_tokens=512, is_causal=False, per_row=False, fixed_terms=True)
-    assert (chosen.tol, chosen.max_terms) == (None, 8)
+EXP, ERLANG = la.ExponentialClock(), la.ErlangClock(3)
+CHOICES = {
+    "middle N": Choice(HOPS, formed=True),
+    "large N": Choice(HOPS, shape=(1, 2, 8192, 1)),
+    "causal": Choice(la.CausalSweep, causal=True),
+    "causal, large N": Choice(la.CausalSweep, causal=True, shape=(1, 2, 8192, 1)),
+    "small N, many hops": Choice(la.ScalingSquaring, time=40.0, shape=(1, 2, 24, 16)),
+    "small N, many hops, causal": Choice(la.ScalingSquaring, time=40.0, shape=(1, 2, 24, 16), causal=True),
+    "causal layer, many hops": Choice(la.CausalSweep, time=40.0, shape=(1, 2, 24, 16), causal=True, streams=True),
+    "very many hops": Choice(la.ScalingSquaring, time=1e30),
+    "exponential, causal": Choice(la.CausalSweep, EXP, causal=True),
+    "Erlang, causal": Choice(la.CausalSweep, ERLANG, causal=True, shape=(1, 2, 8192, 1)),
+    "exponential, long, causal": Choice(la.CausalSweep, EXP, 1e30, causal=True),
+    "exponential, short": Choice(HOPS, EXP, 0.1, formed=True),
+    "exponential, long": Choice(la.MatrixExp, EXP, 1e30),
+    "exponential, dense": Choice(la.MatrixExp, EXP, 1e3, dense=True),
+    "exponential, dense, causal": Choice(la.TriangularSolve, EXP, dense=True, causal=True),
+    "one time per row": Choice(HOPS, time=200.0, rows=True, formed=True),
+    "one time per row, causal": Choice(la.CausalSweep, time=2.0, rows=True, causal=True),
+    "exponential, one time per row, causal": Choice(HOPS, EXP, rows=True, causal=True, formed=True),
+    "dense, large": Choice(HOPS, dense=True, formed=True),
+}
+
+
+def _choose(row, **changes):
+    row = row._replace(**changes)
+    b, h, n, d = row.shape
+    value = torch.empty(b, h, n, d)
+    generator = la.SoftmaxGenerator(torch.randn(b, h, n, 1), torch.randn(b, h, n, 1), is_causal=row.causal)
+    if row.dense:
+        generator = la.DenseGenerator.from_rates(generator.jump_chain())
+        generator.is_causal = row.causal
+    time = torch.full((n,), row.time) if row.rows else torch.tensor(row.time)
+    return Automatic(streams=row.streams).choose(generator, value, time, row.clock or la.FixedClock())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choice(name):
+    chosen = _choose(CHOICES[name])
+    assert type(chosen) is CHOICES[name].method
+    assert getattr(chosen, "formed", False) == CHOICES[name].formed
+
+
+def test_a_known_longest_time_fixes_the_number_of_hops():
+    """K is 8 for θ = 2 and tail 1e-3 (MATHEMATICS §3), whatever the times of the call."""
+    for causal in (False, True):
+        q = torch.randn(1, 2, 512, 4)
+        generator = la.SoftmaxGenerator(q, q, is_causal=causal)
+        chosen = Automatic(1e-3, longest=2.0).choose(generator, q, torch.tensor(0.1), la.FixedClock())
+        assert chosen.max_terms == 8
+
+
+def test_dropout_is_drawn_anew_in_each_hop():
+    q = torch.randn(1, 2, 96, 16)
+    generator = la.SoftmaxGenerator(q, q, dropout_p=0.1, is_causal=True)
+    chosen = Automatic().choose(generator, q, torch.tensor(0.1), la.FixedClock())
+    assert type(chosen) is HOPS
+    assert not chosen.formed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_default_is_as_exact_as_its_dtype(dtype, monkeypatch):
+@pytest.mark.parametrize("time", [2.0, torch.tensor(2.0)])
+def test_the_default_is_as_exact_as_its_dtype(dtype, time, monkeypatch):
     """K of the default method reaches the rounding unit of the input (1e-3 for half precision)."""
     tolerances = []
     terms = la.FixedClock.terms
@@ -192,5 +244,5 @@ def test_the_default_is_as_exact_as_its_dtype(dtype, monkeypatch):
         la.FixedClock, "terms", lambda self, theta, tol: tolerances.append(tol) or terms(self, theta, tol)
     )
     q = torch.randn(1, 1, 100, 4).to(dtype)
-    la.lie_attention(q, q, q, time=2.0)
+    la.lie_attention(q, q, q, time=time)
     assert 0.5 <= tolerances[-1] / min(torch.finfo(dtype).eps, 1e-3) <= 1

@@ -12,9 +12,10 @@ import scipy.linalg
 import torch
 import yaml
 
-from liegroup_attn import ExponentialClock, MatrixExp, TriangularSolve, Uniformization, rates
+from liegroup_attn import ExponentialClock, MatrixExp, SoftmaxGenerator, rates
 from liegroup_attn.clocks import FixedClock
 from liegroup_attn.errors import DtypeError, GeneratorError, MaskError, ShapeError
+from liegroup_attn.expm import Automatic
 from liegroup_attn.lightning import build_optimizer
 from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
 from liegroup_attn.nn import LieAttention, SoftmaxAttention, build_attention, scale_time
@@ -309,36 +310,27 @@ def test_learned_time_stays_in_its_interval(rate, dtype):
 
 
 METHODS = [
-    # options, N, class
-    ({}, 10, Uniformization),
-    ({}, 100, Uniformization),
-    ({"time": 8.0, "max_time": 16.0}, 64, MatrixExp),
-    ({"time": 8.0, "max_time": 16.0}, 65, Uniformization),
-    ({"time": 8.0, "max_time": 64.0}, 100, MatrixExp),
-    ({"clock": ExponentialClock()}, 10, MatrixExp),
-    ({"clock": ExponentialClock()}, 100, Uniformization),
-    ({"clock": ExponentialClock(), "max_time": 20.0}, 100, MatrixExp),
-    ({"clock": ExponentialClock(), "is_causal": True}, 10, TriangularSolve),
-    ({"clock": ExponentialClock(), "is_causal": True, "max_time": 64.0}, 4096, TriangularSolve),
-    ({"clock": ExponentialClock(), "is_causal": True}, 4097, Uniformization),
-    ({"is_causal": True, "tol": 1e-12}, 10, MatrixExp),
-    ({"rate_fn": rates.softplus}, 10, type(None)),
-    ({"method": MatrixExp()}, 100, MatrixExp),
+    ({}, Automatic),
+    ({"clock": ExponentialClock(), "is_causal": True}, Automatic),
+    ({"rate_fn": rates.softplus}, type(None)),  # its rates are not known before data is seen
+    ({"method": MatrixExp()}, MatrixExp),
 ]
 
 
-@pytest.mark.parametrize(("options", "n", "kind"), METHODS)
-def test_the_method_that_is_chosen(options, n, kind):
-    assert type(LieAttention(C, H, **options)._method(n)) is kind
+@pytest.mark.parametrize(("options", "kind"), METHODS)
+def test_the_method_that_is_chosen(options, kind):
+    assert type(LieAttention(C, H, **options)._method()) is kind
 
 
 def test_the_number_of_hops_is_known_from_max_time_and_tol_alone():
     layer = LieAttention(C, H, time=0.1, max_time=3.0, tol=1e-4)
-    assert layer._method(100).max_terms == FixedClock().terms(3.0, 1e-4)
+    assert (layer._method().tol, layer._method().longest) == (1e-4, 3.0)
     scale_time(layer, 4.0)
-    assert layer._method(100).max_terms == FixedClock().terms(12.0, 1e-4)
-    scale_time(layer, 0.0)
-    assert layer._method(100).max_terms == 1
+    assert layer._method().longest == 12.0
+    q = torch.zeros(1, H, 100, 4)
+    for causal in (False, True):
+        chosen = layer._method().choose(SoftmaxGenerator(q, q, is_causal=causal), q, layer.time, FixedClock())
+        assert chosen.max_terms == FixedClock().terms(12.0, 1e-4)
 
 
 # storage

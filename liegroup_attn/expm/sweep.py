@@ -1,0 +1,165 @@
+"""Causal softmax chains block by block: every clock at about the cost of its value products, memory linear in N."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.clocks import Clock
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
+from liegroup_attn.expm.jumps import Plan, causal_jumps, extend_jumps, iterates
+from liegroup_attn.generators import Generator, SoftmaxGenerator
+
+__all__ = ["CausalSweep"]
+
+
+class CausalSweep(HopMethod):
+    """One sweep over blocks of query rows; in a block's turn all it needs of earlier rows is known.
+
+    Scores are formed once, a block of rows at a time, in forward and again in backward. Exponential and Erlang clock:
+    a triangular solve inside each block, exact; with the exponential clock the cost of one attention. Fixed clock: K
+    hops as in ``Uniformization``, applied to K·D-wide values.
+
+    Args:
+        tol: as in ``HopMethod``; of no effect on clocks that are resolvents.
+        max_terms: as in ``HopMethod``; of no effect on clocks that are resolvents.
+        block_size: rows in a block; any number ≥ 1, it need not divide N.
+
+    Raises:
+        GeneratorError: not a causal ``SoftmaxGenerator``, or a block size < 1.
+        ShapeError: one time per query row with a clock that is a resolvent.
+        ConvergenceError: ``tol`` and ``max_terms`` given and K hops do not reach ``tol``.
+
+    Example:
+        >>> from liegroup_attn import ExponentialClock, SoftmaxGenerator, expm_multiply
+        >>> q = torch.zeros(2, 4)
+        >>> Q = SoftmaxGenerator(q, q, is_causal=True)
+        >>> expm_multiply(Q, torch.tensor([[1.0], [0.0]]), clock=ExponentialClock(), method=CausalSweep())
+        tensor([[1.0000],
+                [0.3333]])
+
+    Source: docs/mathematics; [Fagnou2024]_ for one scalar rate.
+    """
+
+    def __init__(self, tol: float | None = None, max_terms: int | None = None, *, block_size: int = 128) -> None:
+        super().__init__(tol, max_terms)
+        if block_size < 1:
+            raise GeneratorError(f"block_size: expected at least 1 row, got {block_size}; 128 suits most")
+        self.block_size = block_size
+
+    def act(  # noqa: D102
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
+    ) -> Tensor:
+        if not (isinstance(generator, SoftmaxGenerator) and generator.is_causal):
+            raise GeneratorError(
+                "generator: expected a SoftmaxGenerator with is_causal=True for CausalSweep, got "
+                f"{type(generator).__name__} with is_causal={generator.is_causal}; use method=None"
+            )
+        if clock.resolvents is not None and per_row(time):
+            raise ShapeError(
+                f"time: expected one time per head, (..., 1), for a {clock!r} in CausalSweep, got {tuple(time.shape)}; "
+                "put what varies by token into jump_rates, or use Uniformization()"
+            )
+        with torch.autocast(value.device.type, enabled=False):
+            dtype = torch.promote_types(working_dtype(value), working_dtype(generator.query))
+            batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
+            run = self._prepare(generator.jump_rates, value, time, clock, first_hop, batch, dtype)
+            query = flatten_batch(run.batch, generator.scale * generator.query.to(dtype))
+            key = flatten_batch(run.batch, generator.key.to(dtype))
+            # No jump at all at time 0, unless the time has a gradient.
+            jumps = causal_jumps(query, key, run.onward, run.value, run.plan) if run.plan.jumps else run.value[..., :0]
+            mixed = run.mix(jumps)
+            mixed = generator.jump(mixed) if run.jump_after else mixed
+        return mixed.to(value.dtype)
+
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: Tensor,
+        *,
+        jump_rates: Tensor | None,
+        time: Tensor,
+        clock: Clock,
+        first_hop: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Mix new tokens with all before them, given what earlier calls kept: exact, one row of scores a token.
+
+        Args:
+            query: (..., N, E), of the new tokens, scaled.
+            key: (..., P + N, E), of all tokens.
+            value: (..., N, D), of the new tokens.
+            past: iterates of the earlier tokens, (..., P, M·D).
+            jump_rates: ρ of the new tokens, (..., N), or None.
+            time: (..., 1).
+            clock: law of τ.
+            first_hop: first jump, then run.
+
+        Returns:
+            The mixed values (..., N, D), and the iterates of the new tokens (..., N, M·D) in the dtype of ``past``.
+        """
+        with torch.autocast(value.device.type, enabled=False):
+            dtype = past.dtype
+            run = self._prepare(jump_rates, value, time, clock, first_hop, value.shape[:-2], dtype)
+            query, key, past = (flatten_batch(run.batch, x.to(dtype)) for x in (query, key, past))
+            jumps, kept = extend_jumps(query, key, run.onward, run.value, run.plan, past)
+            return run.mix(jumps).to(value.dtype), kept.view(*run.batch, *kept.shape[-2:])
+
+    def width(self, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> int:
+        """M·D: how many numbers ``extend`` keeps of a token."""
+        return self._prepare(
+            None, value, time, clock, first_hop, value.shape[:-2], value.dtype
+        ).plan.jumps * value.size(-1)
+
+    def _prepare(
+        self,
+        jump_rates: Tensor | None,
+        value: Tensor,
+        time: Tensor,
+        clock: Clock,
+        first_hop: bool,
+        batch: torch.Size,
+        dtype: torch.dtype,
+    ) -> _Run:
+        onward, weights = jump_rates, None
+        joint = first_hop and not per_row(time)
+        if clock.resolvents is None:
+            hops = self.count_hops(time, value.dtype, clock)
+            plan = Plan(hops + joint, False, self.block_size)
+            weights = clock.hop_weights(time, hops)
+        else:
+            plan = Plan(clock.resolvents, True, self.block_size)
+            batch = torch.broadcast_shapes(batch, time.shape[:-1])
+            onward = time.to(value.device, dtype) / clock.resolvents
+            onward = onward if jump_rates is None else onward * jump_rates.to(dtype)
+            onward = onward if onward.dim() else onward.unsqueeze(0)
+        if onward is not None:
+            onward = flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], value.size(-2)), 1)
+        return _Run(plan, batch, flatten_batch(batch, value.to(dtype)), onward, weights, joint, first_hop and not joint)
+
+
+class _Run(NamedTuple):
+    """One call, flattened: what goes into the recursion, and how its jumps become the result."""
+
+    plan: Plan
+    batch: torch.Size
+    value: Tensor  # (B, N, D)
+    onward: Tensor | None  # (B, N)
+    weights: Tensor | None  # of the hops; None for resolvents
+    joint: bool  # the first hop is one of the jumps: S Σ p_k X_k = Σ p_k J_k if one p serves all rows
+    jump_after: bool
+
+    def mix(self, jumps: Tensor) -> Tensor:
+        """(B, N, M·D) → (..., N, D)."""
+        shape = (*self.batch, *self.value.shape[-2:])
+        if self.joint:
+            terms = list(jumps.split(self.value.size(-1), -1))
+        else:
+            terms = iterates(self.value, jumps, self.onward, self.plan)
+        if self.weights is None:
+            return terms[-1].reshape(shape)
+        return mixture(self.weights, [term.reshape(shape) for term in terms])
