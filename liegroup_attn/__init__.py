@@ -4,9 +4,10 @@ import importlib
 from typing import Any
 
 from liegroup_attn.clocks import ExponentialClock, FixedClock
-from liegroup_attn.expm import MatrixExp, TriangularSolve, Uniformization
+from liegroup_attn.expm import LowRank, MatrixExp, TriangularSolve, Uniformization
+from liegroup_attn.feature_maps import RandomFeatures, elu_plus_one
 from liegroup_attn.functional import expm_multiply, lie_attention, transition_matrix
-from liegroup_attn.generators import DenseGenerator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, LowRankGenerator, SoftmaxGenerator
 from liegroup_attn.rates import exponential, softplus, squared_relu
 
 __version__ = "0.1.0"
@@ -15,10 +16,14 @@ __all__ = [
     "DenseGenerator",
     "ExponentialClock",
     "FixedClock",
+    "LowRank",
+    "LowRankGenerator",
     "MatrixExp",
+    "RandomFeatures",
     "SoftmaxGenerator",
     "TriangularSolve",
     "Uniformization",
+    "elu_plus_one",
     "expm_multiply",
     "exponential",
     "lie_attention",
