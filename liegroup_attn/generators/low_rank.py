@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -140,13 +141,12 @@ def _check_rate(rate: Tensor | float, rows: torch.Size) -> Tensor | float:
                 f"jump_rate: expected a number or a shape broadcastable to {tuple(rows)}, got {tuple(rate.shape)}; "
                 "for one rate per head give (heads, 1)"
             )
-        if not values_visible(rate):
-            return rate if rate.dim() else rate.unsqueeze(0)
-    low, high = (float(rate.detach().min()), float(rate.detach().max())) if isinstance(rate, Tensor) else (rate, rate)
-    if not (low >= 0 and math.isfinite(high)):
-        raise GeneratorError(
-            f"jump_rate: expected 0 ≤ rate < inf, got {low if not low >= 0 else high:g}; pass it through a softplus"
-        )
-    if isinstance(rate, Tensor):
-        return rate if rate.dim() else rate.unsqueeze(0)
-    return float(rate)
+        seen = (float(rate.detach().min()), float(rate.detach().max())) if values_visible(rate) else ()
+    elif isinstance(rate, numbers.Real):
+        seen = (float(rate),)
+    else:
+        raise DtypeError(f"jump_rate: expected a number or a tensor, got {type(rate).__name__}; convert it with float")
+    for number in seen:
+        if not 0 <= number < math.inf:
+            raise GeneratorError(f"jump_rate: expected 0 ≤ rate < inf, got {number:g}; pass it through a softplus")
+    return torch.atleast_1d(rate) if isinstance(rate, Tensor) else float(rate)
