@@ -51,7 +51,7 @@ class LowRank(Method):
             mass = targets.sum(-2).unsqueeze(-1).to(torch.float64)  # (..., r, 1)
             unit = mass.detach().where(mass > 0, 1)
             share = (mass > 0).to(torch.float64)
-            absorbed = (targets * still).sum(-2).unsqueeze(-1).to(torch.float64) / unit
+            absorbed = (targets.mT @ still.to(dtype)).to(torch.float64) / unit
             chain = (targets.mT @ sources).to(torch.float64) * (unit.mT / unit)  # (..., r, r)
             chain = chain * _correction(share - absorbed, chain @ share)
             kept, moving, resting = _mixing(chain, theta, clock)
