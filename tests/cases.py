@@ -160,6 +160,7 @@ METHODS = {
     "matrix exp": MethodCase(la.MatrixExp(), lambda c: True),
     "uniformization": MethodCase(la.Uniformization(), lambda c: True),
     "triangular": MethodCase(la.TriangularSolve(), _triangular),
+    "low rank": MethodCase(la.LowRank(), lambda c: False),  # for another generator: tests/test_low_rank.py
 }
 
 
