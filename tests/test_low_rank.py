@@ -114,6 +114,19 @@ def test_one_rate_and_one_time_per_head(clock):
         assert worst(to_numpy(flow(generator, value, time, clock, method)) - golden) < 1e-12
 
 
+@over_clocks
+@over_routes
+def test_values_that_broadcast_against_the_generator(method, is_causal, clock):
+    left, right = features(8, 3)
+    generator = la.LowRankGenerator(left, right, is_causal=is_causal)
+    mixing = law(clock)(0.9 * golden_generator(left, right, is_causal=is_causal))
+    for shape in ((8, 3), (1, 8, 3), (5, 2, 8, 3), (2, 8, 0)):
+        value = torch.randn(shape, dtype=torch.float64)
+        ours = flow(generator, value, 0.9, clock, method)
+        assert worst(to_numpy(ours) - mixing @ to_numpy(value)) < 1e-12
+        assert ours.shape == (mixing @ to_numpy(value)).shape
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_hops_take_a_rate_and_a_time_per_token(is_causal):
     left, right = features(20, 4)
