@@ -30,9 +30,9 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 
 class RandomFeatures:
-    """φ(x) = exp(Ωx − |x|²/2)/√r with random Ω: φ(q)·φ(k) estimates e^{q·k}, so S estimates softmax(q kᵀ).
+    """φ(x) = exp(Ωx − ‖x‖²/2)/√r with random Ω: φ(q)·φ(k) estimates e^{q·k}, so S estimates softmax(q kᵀ).
 
-    The error of S falls as 1/√r, but with independent rows the estimate's relative variance is (e^{|q+k|²} − 1)/r:
+    The error of S falls as 1/√r, but with independent rows the estimate's relative variance is (e^{‖q+k‖²} − 1)/r:
     keep q and k short. For softmax(scale · q kᵀ) feed √scale · q and
     √scale · k, with torch's default scale x · E^{−1/4}. A largest exponent is subtracted, per row of queries and per
     matrix of keys, which cancels in the normalization.
