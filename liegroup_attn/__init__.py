@@ -4,9 +4,10 @@ import importlib
 from typing import Any
 
 from liegroup_attn.clocks import ErlangClock, ExponentialClock, FixedClock
-from liegroup_attn.expm import CausalSweep, MatrixExp, ScalingSquaring, TriangularSolve, Uniformization
+from liegroup_attn.expm import CausalSweep, LowRank, MatrixExp, ScalingSquaring, TriangularSolve, Uniformization
+from liegroup_attn.feature_maps import RandomFeatures, elu_plus_one
 from liegroup_attn.functional import expm_multiply, lie_attention, transition_matrix
-from liegroup_attn.generators import DenseGenerator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, LowRankGenerator, SoftmaxGenerator
 from liegroup_attn.rates import exponential, softplus, squared_relu
 
 __version__ = "0.1.0"
@@ -17,11 +18,15 @@ __all__ = [
     "ErlangClock",
     "ExponentialClock",
     "FixedClock",
+    "LowRank",
+    "LowRankGenerator",
     "MatrixExp",
+    "RandomFeatures",
     "ScalingSquaring",
     "SoftmaxGenerator",
     "TriangularSolve",
     "Uniformization",
+    "elu_plus_one",
     "expm_multiply",
     "exponential",
     "lie_attention",

@@ -174,6 +174,7 @@ METHODS = {
     ),
     "sweep": MethodCase(la.CausalSweep(block_size=5), _causal, lambda c: c.clock not in RESOLVENTS),
     "squaring": MethodCase(la.ScalingSquaring(), lambda c: c.clock == "fixed", lambda c: False),
+    "low rank": MethodCase(la.LowRank(), lambda c: False),  # for another generator: tests/test_low_rank.py
 }
 
 

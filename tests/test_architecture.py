@@ -22,6 +22,7 @@ FLOORS = (
         "liegroup_attn.rates",
         "liegroup_attn.clocks",
         "liegroup_attn.generators",
+        "liegroup_attn.feature_maps",
         "liegroup_attn.manifolds",
         "liegroup_attn.metrics",
         "liegroup_attn.algebra",

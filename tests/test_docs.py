@@ -18,6 +18,7 @@ DOCUMENTED = (
     "liegroup_attn.clocks",
     "liegroup_attn.errors",
     "liegroup_attn.expm",
+    "liegroup_attn.feature_maps",
     "liegroup_attn.generators",
     "liegroup_attn.lightning",
     "liegroup_attn.lightning.cli",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.expm.base import Method, default_tol, per_row
 from liegroup_attn.expm.dense import MatrixExp
+from liegroup_attn.expm.low_rank import LowRank
 from liegroup_attn.expm.squaring import ScalingSquaring
 from liegroup_attn.expm.sweep import CausalSweep
 from liegroup_attn.expm.triangular import TriangularSolve
 from liegroup_attn.expm.uniformization import Uniformization, matrix_first
-from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, Generator, LowRankGenerator, SoftmaxGenerator
 
 __all__ = ["Automatic"]
 
@@ -29,6 +32,7 @@ class Automatic(Method):
     - Fixed clock: ``CausalSweep`` for causal softmax chains, else hops: on a formed P while all matrices of the call fit
       into 256 MiB, over fused attention kernels beyond, with dropout, and for half precision on a GPU. Past 64 hops
       ``ScalingSquaring``, while its matrices fit.
+    - ``LowRankGenerator``: ``LowRank`` where the closed form holds, else hops.
     - One time per query row: hops.
 
     Hops, however they are ordered, compute one and the same polynomial of P; so the size at which one replaces another
@@ -70,6 +74,9 @@ class Automatic(Method):
             The method, its knobs set.
         """
         sweepable = isinstance(generator, SoftmaxGenerator) and generator.is_causal
+        if isinstance(generator, LowRankGenerator):
+            closed = not (generator.is_causal or per_row(time) or generator.has_rate_per_token)
+            return LowRank() if closed else Uniformization(self.tol, **self._terms(clock, value))
         if clock.resolvents is not None:
             if generator.is_causal and not per_row(time):
                 return CausalSweep() if sweepable else TriangularSolve()
@@ -91,8 +98,16 @@ class Automatic(Method):
             if clock.resolvents is None and hops > _MOST_HOPS:
                 return ScalingSquaring(tol, max_theta=longest)
             sweepable = sweepable and not matrix_first(int(hops), *value.shape[-2:])
-        terms = {} if self.longest is None else {"max_terms": max(1, clock.terms(longest, tol))}
+        terms = self._terms(clock, value)
         return CausalSweep(self.tol, **terms) if sweepable else Uniformization(self.tol, **terms, formed=formed)
+
+    def _terms(self, clock: Clock, value: Tensor) -> dict[str, Any]:
+        """K, if the longest time fixes it."""
+        if self.longest is None:
+            return {}
+        return {
+            "max_terms": max(1, clock.terms(self.longest, default_tol(value.dtype) if self.tol is None else self.tol))
+        }
 
 
 def _count(clock: Clock, longest: float, tol: float) -> float:

@@ -2,6 +2,7 @@
 
 from liegroup_attn.generators.base import Generator
 from liegroup_attn.generators.dense import DenseGenerator
+from liegroup_attn.generators.low_rank import LowRankGenerator
 from liegroup_attn.generators.softmax import SoftmaxGenerator
 
-__all__ = ["DenseGenerator", "Generator", "SoftmaxGenerator"]
+__all__ = ["DenseGenerator", "Generator", "LowRankGenerator", "SoftmaxGenerator"]

@@ -124,7 +124,7 @@ def test_triangular_solve_at_every_time(time):
     np.testing.assert_allclose(p.solve(), p.golden(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "low rank"])  # that has its own generator
 def test_values_that_broadcast_against_the_generator(method):
     """One value for every head, and one generator for every item."""
     clock = "fixed" if method == "squaring" else "exponential"
