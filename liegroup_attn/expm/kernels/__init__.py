@@ -1,0 +1,20 @@
+"""Optional Triton kernels; importing this folder does not import Triton, ``kernels.jumps`` does."""
+
+from __future__ import annotations
+
+import importlib
+
+__all__ = ["kernels_available"]
+
+
+def kernels_available() -> tuple[bool, str | None]:
+    """Whether ``liegroup_attn.expm.kernels.jumps`` can be imported, and if not, why.
+
+    Returns:
+        (True, None), or (False, reason).
+    """
+    try:
+        importlib.import_module("liegroup_attn.expm.kernels.jumps")
+    except ImportError as error:
+        return False, f"Triton cannot be imported ({error}); do pip install triton"
+    return True, None
