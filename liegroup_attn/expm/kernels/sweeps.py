@@ -200,8 +200,7 @@ def backward_sweep(
         d_rate = tl.zeros((BLOCK,), tl.float32)
         level = tl.zeros((BLOCK,), tl.float32)
         stay = tl.zeros((BLOCK,), tl.float32)
-        for turned in tl.static_range(STAGES):
-            m: tl.constexpr = STAGES - 1 - turned
+        for m in tl.static_range(STAGES - 1, -1, -1):
             g = _rows(grad + m * D, at, n, D, STAGES * D)
             j = _rows(jumps + m * D, at, n, D, STAGES * D)
             x = _rows(iterates + m * D, at, n, D, STAGES * D)
