@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 __all__ = ["kernels_available"]
 
 
@@ -14,7 +12,7 @@ def kernels_available() -> tuple[bool, str | None]:
         (True, None), or (False, reason).
     """
     try:
-        importlib.import_module("liegroup_attn.expm.kernels.jumps")
+        from liegroup_attn.expm.kernels import jumps  # noqa: F401
     except ImportError as error:
         return False, f"Triton cannot be imported ({error}); do pip install triton"
     return True, None

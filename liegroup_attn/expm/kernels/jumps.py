@@ -15,6 +15,7 @@ from liegroup_attn.expm.kernels.sweeps import backward_sweep, forward_sweep, key
 __all__ = ["causal_jumps_triton"]
 
 _WIDTHS = (16, 32, 64, 128)
+_MOST_HELD = 2048  # columns; 16 rows of them are half of the registers of a multiprocessor
 _HALVES = (torch.float16, torch.bfloat16)
 # Kernels become compiled or interpreted when they are defined; TRITON_INTERPRET=1 set later is too late.
 _INTERPRETED = not isinstance(forward_sweep, triton.JITFunction)
@@ -38,8 +39,8 @@ def causal_jumps_triton(
         query: (B, N, E), B heads of batch items, E one of 16, 32, 64, 128; float32, bfloat16 or float16.
         key: (B, N, E), dtype of the query.
         onward: (B, N), ≥ 0 (not checked), a ≤ 1 or c of any size; None means 1, explicit only.
-        value: (B, N, D), D one of 16, 32, 64, 128.
-        stages: M ≥ 1.
+        value: (B, N, D), D one of 16, 32, 64, 128; float32, bfloat16 or float16.
+        stages: M ≥ 1, M·D ≤ 2048.
         implicit: resolvents rather than hops.
         scale: of the scores.
 
@@ -117,21 +118,20 @@ class _CausalJumps(torch.autograd.Function):
 
 
 def _tiling(query: Tensor, width: int, stages: int) -> dict[str, Any]:
-    """All stages of a block of rows are held in registers, so more stages mean fewer rows."""
+    """Blocks as large as ptxas can hold without spilling much: all stages of a block of rows live in registers."""
+    half = query.dtype in _HALVES
     held = width * stages
     return {
         "E": query.size(-1),
         "STAGES": stages,
-        "BLOCK": 64 if held <= 128 else 32 if held <= 512 else 16,
-        "PRECISION": "tf32" if query.dtype in _HALVES else "ieee",
-        "num_warps": 4 if held <= 256 else 8,
-        "num_stages": 2,
+        "BLOCK": 32 if held <= (512 if half else 256) else 16,
+        "PRECISION": "tf32" if half else "ieee",
+        "num_warps": 8,
+        "num_stages": 2 if held <= 256 else 1,  # fetching ahead takes shared memory
     }
 
 
-def _check(
-    query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, stages: int, implicit: bool
-) -> None:
+def _check(query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, stages: int, implicit: bool) -> None:
     for name, tensor in (("query", query), ("value", value)):
         if tensor.dim() != 3 or tensor.size(-1) not in _WIDTHS:
             raise ShapeError(
@@ -156,11 +156,15 @@ def _check(
             f"query, key: expected both float32, bfloat16 or float16, got {query.dtype} and {key.dtype}; convert them, "
             "or use the plain methods for float64"
         )
-    for name, tensor in (("value", value), ("onward", onward)):
-        if tensor is not None and tensor.dtype not in (torch.float32, *_HALVES):
-            raise DtypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}; convert it")
+    for name, given in (("value", value), ("onward", onward)):
+        if given is not None and given.dtype not in (torch.float32, *_HALVES):
+            raise DtypeError(f"{name}: expected float32, bfloat16 or float16, got {given.dtype}; convert it")
     if stages < 1:
         raise GeneratorError(f"stages: expected at least 1, got {stages}; no jump needs no kernel")
+    if stages * value.size(-1) > _MOST_HELD:
+        raise ShapeError(
+            f"stages: expected stages · D ≤ {_MOST_HELD}, got {stages} · {value.size(-1)}; use the plain methods"
+        )
     if implicit and onward is None:
         raise GeneratorError("onward: expected (B, N) with implicit=True, got None; pass the time per token")
     if len({t.device for t in (query, key, value, onward) if t is not None}) > 1:

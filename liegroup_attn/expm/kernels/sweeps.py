@@ -1,7 +1,7 @@
 """Triton: causal sweeps over row blocks, forward and backward, and the gradient of the scores.
 
 Layout: each program owns one chain (a head of a batch item). ``wide`` rows hold all stages side by side, stage m in
-columns [mD, (m+1)D). Products run in float32: "ieee", or "tf32" where queries have half precision (exact for them).
+columns [mD, (m+1)D). Products run in float32: "ieee", or "tf32" where queries have half precision (q kᵀ is then exact in TF32).
 """
 
 from __future__ import annotations
@@ -206,10 +206,7 @@ def backward_sweep(
             x = _rows(iterates + m * D, at, n, D, STAGES * D)
             moved = j - x
             if IMPLICIT:
-                if m > 0:
-                    previous = _rows(iterates + (m - 1) * D, at, n, D, STAGES * D)
-                else:
-                    previous = _rows(value, at, n, D, D)
+                previous = _rows(iterates + (m - 1) * D, at, n, D, STAGES * D) if m > 0 else _rows(value, at, n, D, D)
                 # (1 + c)X = previous + cJ: past c = 1 this form of J − X is the one that does not cancel.
                 long = rate[:, None] > 1
                 moved = tl.where(long, (x - previous) / tl.where(long, rate[:, None], 1.0), moved)
