@@ -35,8 +35,24 @@ def _rate(onward, at, n):
 
 
 @triton.jit
+def _nearest(x):
+    """To the nearest TF32 number: the hardware cuts, and cut averages would shrink at every hop."""
+    near = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, near, x)
+
+
+@triton.jit
+def _dot(a, b, plus, PRECISION: tl.constexpr):
+    """plus + a @ b; None is zero."""
+    if PRECISION == "tf32":
+        return tl.dot(_nearest(a), _nearest(b), plus, input_precision="tf32")
+    else:
+        return tl.dot(a, b, plus, input_precision=PRECISION)
+
+
+@triton.jit
 def _scores(q, k, rows, cols, scale, PRECISION: tl.constexpr):
-    s = scale * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = scale * _dot(q, tl.trans(k), None, PRECISION)
     return tl.where(cols[None, :] <= rows[:, None], s, float("-inf"))
 
 
@@ -69,7 +85,7 @@ def _plus(stages, tile, base, at, n, D: tl.constexpr, STAGES: tl.constexpr, PREC
     moved = ()
     for m in tl.static_range(STAGES):
         rows = _rows(base + m * D, at, n, D, STAGES * D)
-        moved = moved + (tl.dot(tile, rows, stages[m], input_precision=PRECISION),)  # noqa: RUF005
+        moved = moved + (_dot(tile, rows, stages[m], PRECISION),)  # noqa: RUF005
     return moved
 
 
@@ -81,8 +97,8 @@ def _visits(diagonal, rate, exits, BLOCK: tl.constexpr, PRECISION: tl.constexpr)
     visits = hop + (i[None, :] == i[:, None]).to(tl.float32)
     for doubling in tl.static_range(1, 7):  # L is nilpotent: (I + L)(I + L²)(I + L⁴)… ends
         if 2**doubling < BLOCK:
-            hop = tl.dot(hop, hop, input_precision=PRECISION)
-            visits = tl.dot(visits, hop, visits, input_precision=PRECISION)
+            hop = _dot(hop, hop, None, PRECISION)
+            visits = _dot(visits, hop, visits, PRECISION)
     return visits
 
 
@@ -139,8 +155,8 @@ def forward_sweep(
         for m in tl.static_range(STAGES):
             if IMPLICIT:
                 sent = (x + rate[:, None] * earlier[m]) / (1 + rate * exit)[:, None]
-                x = tl.dot(visits, sent, input_precision=PRECISION)
-            j = tl.dot(diagonal, x, earlier[m], input_precision=PRECISION)
+                x = _dot(visits, sent, None, PRECISION)
+            j = _dot(diagonal, x, earlier[m], PRECISION)
             _put(iterates + m * D, rows, n, x, D, STAGES * D)
             _put(jumps + m * D, rows, n, j, D, STAGES * D)
             if not IMPLICIT:
@@ -210,13 +226,13 @@ def backward_sweep(
                 # (1 + c)X = previous + cJ: past c = 1 this form of J − X is the one that does not cancel.
                 long = rate[:, None] > 1
                 moved = tl.where(long, (x - previous) / tl.where(long, rate[:, None], 1.0), moved)
-                w = tl.dot(tl.trans(diagonal), g, back[m] + w, input_precision=PRECISION)
-                w = tl.dot(tl.trans(visits), w, input_precision=PRECISION) / pivot[:, None]
+                w = _dot(tl.trans(diagonal), g, back[m] + w, PRECISION)
+                w = _dot(tl.trans(visits), w, None, PRECISION) / pivot[:, None]
             h = g + rate[:, None] * w
             d_rate += tl.sum(w * moved, 1)
             if not IMPLICIT:
                 w += back[m] - rate[:, None] * w
-                w = tl.dot(tl.trans(diagonal), h, w, input_precision=PRECISION)
+                w = _dot(tl.trans(diagonal), h, w, PRECISION)
             level += tl.sum(h * j, 1)
             stay += tl.sum(h * moved, 1)
             _put(wide + m * D, at, n, h, D, STAGES * D)
@@ -243,7 +259,7 @@ def _score_gradient(
     for m in tl.static_range(STAGES):
         h = _rows(wide + m * D, rows, n, D, STAGES * D)
         x = _rows(iterates + m * D, cols, n, D, STAGES * D)
-        change = tl.dot(h, tl.trans(x), change, input_precision=PRECISION)
+        change = _dot(h, tl.trans(x), change, PRECISION)
     # On the diagonal dS − r = −Σ⟨h, J − X⟩, known without the cancellation that a long time would make of it.
     return tile * tl.where(rows[:, None] == cols[None, :], -stay[:, None], change - level[:, None])
 
@@ -266,7 +282,7 @@ def query_gradient(
             q, k, peaks + chain, totals + chain, levels + chain, stays + chain, wide + chain * D * STAGES,
             iterates + chain * D * STAGES, rows, cols, n, scale, D, STAGES, PRECISION,
         )  # fmt: skip
-        total = tl.dot(tile, k, total, input_precision=PRECISION)
+        total = _dot(tile, k, total, PRECISION)
     _put(d_query + chain * E, rows, n, scale * total, E, E)
 
 
@@ -288,5 +304,5 @@ def key_gradient(
             q, k, peaks + chain, totals + chain, levels + chain, stays + chain, wide + chain * D * STAGES,
             iterates + chain * D * STAGES, rows, cols, n, scale, D, STAGES, PRECISION,
         )  # fmt: skip
-        total = tl.dot(tl.trans(tile), q, total, input_precision=PRECISION)
+        total = _dot(tl.trans(tile), q, total, PRECISION)
     _put(d_key + chain * E, cols, n, scale * total, E, E)
