@@ -81,6 +81,21 @@ def test_widths_and_blocks(e, d, stages, n, implicit):
     assert max(_error(ours, exact)) < 2e-5
 
 
+@pytest.mark.parametrize("sweep", list(SWEEPS))
+def test_long_ways(sweep):
+    """Every token asks the one before it: in a long time all values come from the first, through every row."""
+    implicit, stages = SWEEPS[sweep]
+    n = 50
+    query, key, onward, value = _problem(n, e=64, onward="large" if implicit else "random")
+    with torch.no_grad():
+        key.copy_(torch.eye(n, 64))
+        query.copy_(8 * key.roll(1, -2))
+    ours, exact = _both([query, key, onward, value], stages=stages, implicit=implicit, scale=2.0)
+    errors = _error(ours, exact)
+    assert max(errors[0], *errors[3:]) < 2e-5
+    assert max(errors) < 1e-3  # scores that are sure of themselves have no gradient but the rounding of large terms
+
+
 @pytest.mark.parametrize("implicit", [False, True])
 def test_time_zero(implicit):
     """No time: the jumps are S V, and the gradient of the time is that of the definition."""

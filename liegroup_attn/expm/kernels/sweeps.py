@@ -57,10 +57,10 @@ def _scores(q, k, rows, cols, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _chain(q, k, peak, total, rows, cols, n, scale, PRECISION: tl.constexpr):
-    """A tile of S; rows past the last token are zero."""
+def _chain(q, k, peak, total, rows, cols, scale, PRECISION: tl.constexpr):
+    """A tile of S. Rows past the last token are not zero, but all that they meet is."""
     s = _scores(q, k, rows, cols, scale, PRECISION)
-    return tl.where(rows[:, None] < n, tl.exp(s - peak[:, None]) / total[:, None], 0.0)
+    return tl.exp(s - peak[:, None]) / total[:, None]
 
 
 @triton.jit
@@ -202,11 +202,11 @@ def backward_sweep(
             rows = later + tl.arange(0, BLOCK)
             peak = tl.load(peaks + rows, mask=rows < n, other=0.0)
             total = tl.load(totals + rows, mask=rows < n, other=1.0)
-            tile = _chain(_rows(query, rows, n, E, E), k, peak, total, rows, at, n, scale, PRECISION)
+            tile = _chain(_rows(query, rows, n, E, E), k, peak, total, rows, at, scale, PRECISION)
             back = _plus(back, tl.trans(tile), wide, rows, n, D, STAGES, PRECISION)
         peak = tl.load(peaks + at, mask=at < n, other=0.0)
         total = tl.load(totals + at, mask=at < n, other=1.0)
-        diagonal = _chain(_rows(query, at, n, E, E), k, peak, total, at, at, n, scale, PRECISION)
+        diagonal = _chain(_rows(query, at, n, E, E), k, peak, total, at, at, scale, PRECISION)
         rate = _rate(onward, at, n)
         exit = tl.load(exits + at, mask=at < n, other=0.0)
         pivot = 1 + rate * exit
@@ -254,7 +254,7 @@ def _score_gradient(
     total = tl.load(totals + rows, mask=rows < n, other=1.0)
     level = tl.load(levels + rows, mask=rows < n, other=0.0)
     stay = tl.load(stays + rows, mask=rows < n, other=0.0)
-    tile = _chain(q, k, peak, total, rows, cols, n, scale, PRECISION)
+    tile = _chain(q, k, peak, total, rows, cols, scale, PRECISION)
     change = tl.zeros(tile.shape, tl.float32)
     for m in tl.static_range(STAGES):
         h = _rows(wide + m * D, rows, n, D, STAGES * D)
