@@ -70,8 +70,8 @@ class _CausalJumps(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         onward = None if onward is None else onward.contiguous()
         b, n, d = value.shape
-        jumps, iterates = value.new_empty(2, b, n, stages * d)  # (B, N, M·D) each
-        peaks, totals, exits = value.new_empty(3, b, n)  # max and sum apart: their log-sum-exp would lose digits
+        jumps, iterates = (value.new_empty(b, n, stages * d) for _ in range(2))
+        peaks, totals, exits = (value.new_empty(b, n) for _ in range(3))  # a log-sum-exp in one would lose digits
         if value.numel():
             with torch.cuda.device_of(query):
                 forward_sweep[(b,)](
@@ -100,7 +100,10 @@ class _CausalJumps(torch.autograd.Function):
         wide, d_value = torch.empty_like(jumps), torch.empty_like(value)
         levels, stays = torch.empty_like(peaks), torch.empty_like(peaks)
         d_onward = None if onward is None else torch.empty_like(onward)
-        d_query, d_key = torch.empty_like(query), torch.empty_like(key)
+        d_query, d_key = (
+            torch.empty_like(t) if needed else None
+            for t, needed in zip((query, key), ctx.needs_input_grad[:2], strict=True)
+        )
         if value.numel():
             tiling = _tiling(query, d, stages)
             blocks = (b, triton.cdiv(n, tiling["BLOCK"]))
@@ -110,9 +113,9 @@ class _CausalJumps(torch.autograd.Function):
                     query, key, value, onward, iterates, jumps, peaks, totals, exits, grad, wide, levels, stays,
                     d_value, d_onward, n, scale, D=d, IMPLICIT=implicit, **tiling,
                 )  # fmt: skip
-                if ctx.needs_input_grad[0]:
+                if d_query is not None:
                     query_gradient[blocks](query, key, *rows, d_query, n, scale, D=d, **tiling)
-                if ctx.needs_input_grad[1]:
+                if d_key is not None:
                     key_gradient[blocks](query, key, *rows, d_key, n, scale, D=d, **tiling)
         return d_query, d_key, d_onward, d_value, None, None, None
 

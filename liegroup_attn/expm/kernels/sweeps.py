@@ -1,7 +1,7 @@
 """Triton: causal sweeps over row blocks, forward and backward, and the gradient of the scores.
 
-Layout: each program owns one chain (a head of a batch item). ``wide`` rows hold all stages side by side, stage m in
-columns [mD, (m+1)D). Products run in float32: "ieee", or "tf32" where queries have half precision (q kᵀ is then exact in TF32).
+A program of a sweep owns one chain (a head of a batch item) and reads back what it wrote. Stage m of a wide tensor is
+in columns [mD, (m+1)D). Products take float32: "ieee", or "tf32" for half-precision queries, whose q kᵀ TF32 holds.
 """
 
 from __future__ import annotations
