@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceError", "DtypeError", "GeneratorError", "MaskError", "ShapeError", "check_shape"]
+__all__ = ["CacheError", "ConvergenceError", "DtypeError", "GeneratorError", "MaskError", "ShapeError", "check_shape"]
 
 
 class ShapeError(ValueError):
@@ -25,6 +25,10 @@ class MaskError(ValueError):
 
 class GeneratorError(ValueError):
     """Values that make no generator or no semigroup: negative rates, ρ outside [0, 1], time < 0, NaN."""
+
+
+class CacheError(ValueError):
+    """A cache of another layer, batch, dtype or time, or one that is full."""
 
 
 class ConvergenceError(RuntimeError):
@@ -97,7 +101,7 @@ def check_time(time: Tensor | float, batch: torch.Size, num_tokens: int) -> Tens
     """Time as a tensor that broadcasts with (..., N); a number stays 0-dimensional, on the CPU.
 
     Args:
-        time: a number, or a tensor whose last size is 1 or N.
+        time: a number, or a tensor whose last size is 1 or N; dimensions before those of the batch are several times.
         batch: of the values, or of the generator.
         num_tokens: N.
 
@@ -117,10 +121,11 @@ def check_time(time: Tensor | float, batch: torch.Size, num_tokens: int) -> Tens
         raise DtypeError(f"time: expected a number or a tensor, got {type(time).__name__}; convert it with float")
     if when.is_complex():
         raise DtypeError(f"time: expected real numbers, got {when.dtype}; take the real part")
-    if not fits(when.shape, torch.Size([*batch, num_tokens])):
+    own = when.shape[max(0, when.dim() - len(batch) - 1) :]
+    if not fits(own, torch.Size([*batch, num_tokens])):
         raise ShapeError(
             f"time: expected a number or a shape broadcastable to {(*batch, num_tokens)} (one per query row), "
-            f"got {tuple(when.shape)}; for one time per head give (heads, 1)"
+            f"got {tuple(when.shape)}; for one time per head give (heads, 1), for several times put them in front"
         )
     if values_visible(when):
         low, high = float(when.detach().min()), float(when.detach().max())

@@ -41,11 +41,13 @@ def expm_multiply(
         generator: Q on N tokens.
         value: (..., N, D).
         time: mean of τ, ≥ 0, a number or broadcastable to (..., N), one per query row; (heads, 1) is one per head.
+            Further dimensions in front are several times, computed from one set of iterates where the method has any:
+            (T, 1, 1, 1) for values (B, H, N, D) gives (T, B, H, N, D).
         clock: law of τ; None is the fixed clock τ = t, i.e. exp(tQ)V.
         method: how. None chooses by generator, number of hops, size, device and dtype, see ``expm.Automatic``.
 
     Returns:
-        (..., N, D), dtype of ``value``; each output is a convex combination of values.
+        (..., N, D), dtype of ``value``, several times in front; each output is a convex combination of values.
 
     Raises:
         ShapeError: wrong rank, tokens or time shape.
@@ -157,7 +159,8 @@ def lie_attention(
         scale: of the scores; default 1/√E.
         enable_gqa: let groups of query heads share a key and value head.
         time: t ≥ 0, mean of the clock; a number or broadcastable to (..., H, N), one per query row; (H, 1) is one per
-            head. It carries the scale of Q, so the number of hops is known from it alone.
+            head. It carries the scale of Q, so the number of hops is known from it alone. Further dimensions in front
+            are several times at once: (T, 1, 1, 1) gives (T, B, H, N, D).
         jump_rates: ρ per token in [0, 1], broadcastable to (..., H, N); default 1. Token j jumps at rate t·ρ_j.
         first_hop: mix by S·E[exp(τQ)] instead: the query first jumps to a token, then the chain runs.
         clock: law of τ; None is the fixed clock (Poisson hops), ``ExponentialClock()`` the resolvent (geometric hops).
@@ -217,6 +220,7 @@ def lie_attention(
     )
     generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
     if still:
+        value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
         return generator.jump(value) if first_hop else value
     if isinstance(how, Automatic):
         if how.longest is None and isinstance(time, numbers.Real) and rate_fn is None:

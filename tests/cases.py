@@ -172,6 +172,13 @@ METHODS = {
     "triangular": MethodCase(
         la.TriangularSolve(), lambda c: c.clock in RESOLVENTS and c.mask == "causal", lambda c: False
     ),
+    "recomputed hops": MethodCase(
+        la.Uniformization(formed=True, recompute=True),
+        lambda c: c.mask in ("none", "float bias") and c.rates == "jump chain",
+    ),
+    "recomputed sweep": MethodCase(
+        la.CausalSweep(block_size=3, recompute=True), _causal, lambda c: c.clock not in RESOLVENTS
+    ),
     "sweep": MethodCase(la.CausalSweep(block_size=5), _causal, lambda c: c.clock not in RESOLVENTS),
     "squaring": MethodCase(la.ScalingSquaring(), lambda c: c.clock == "fixed", lambda c: False),
     "low rank": MethodCase(la.LowRank(), lambda c: False),  # for another generator: tests/test_low_rank.py

@@ -137,7 +137,7 @@ LIE_ATTENTION = {
     "infinite time in a tensor": Row(attend(time=torch.tensor([[1.0], [INF]])), GeneratorError, ("inf",)),
     "time for other rows": Row(attend(time=torch.ones(3)), ShapeError, ("time", "(2, 4)", "(3,)", "(heads, 1)")),
     "time for other heads": Row(attend(time=torch.ones(3, 1)), ShapeError, ("time",)),
-    "time with too many axes": Row(attend(time=torch.ones(2, 2, N)), ShapeError, ("time",)),
+    "several times of another batch": Row(attend(time=torch.ones(5, 3, N)), ShapeError, ("time", "in front")),
     "time as text": Row(attend(time="long"), (DtypeError, GeneratorError), ("time",)),
     "complex time": Row(attend(time=torch.tensor(1j)), (DtypeError, GeneratorError), ("time",)),
     # jump rates

@@ -115,6 +115,35 @@ def test_one_time_per_head_or_item(c, shape):
     np.testing.assert_allclose(p.solve(), p.golden(), atol=1e-10)
 
 
+@over(mask=("none", "causal", "key padding"), rates=BOTH)
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (4, 1, 2, 1), (4, 1, 1, 1, 1)])
+def test_several_times_at_once(c, shape):
+    """Dimensions of the time in front of the batch are times of their own: one call, one set of iterates."""
+    times = 3 * torch.rand(shape, dtype=torch.float64)
+    times[0] = 0.0
+    p = problem(c, n=5, time=times)
+    out = p.solve()
+    for one, time in zip(out.flatten(0, len(shape) - 4), times.flatten(0, len(shape) - 4), strict=True):
+        np.testing.assert_allclose(one, p.golden(time=time), atol=1e-10)
+
+
+@over(mask=("none", "causal"), rates=JUMP_CHAIN, per_row=True)
+def test_several_times_per_query_row(c):
+    times = 3 * torch.rand(3, 1, 2, 5, dtype=torch.float64)
+    p = problem(c, n=5, time=times)
+    for one, time in zip(p.solve(), times, strict=True):
+        np.testing.assert_allclose(one, p.golden(time=time), atol=1e-10)
+
+
+def test_several_times_share_their_iterates():
+    q = torch.randn(1, 2, 6, 4)
+    generator, calls = la.SoftmaxGenerator(q, q), []
+    apply = generator.apply
+    generator.apply = lambda v: calls.append(1) or apply(v)
+    la.expm_multiply(generator, q, torch.rand(7, 1, 1, 1), method=la.Uniformization(max_terms=5))
+    assert len(calls) == 5
+
+
 @over(mask=("none", "causal"), rates=BOTH, per_row=True)
 @pytest.mark.parametrize("shape", [(5,), (2, 1, 5), (2, 2, 5)])
 def test_one_time_per_query_row(c, shape):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import ConvergenceError, GeneratorError
@@ -47,18 +48,33 @@ class HopMethod(Method):
             no more exact than that).
         max_terms: K. Alone, it is taken as it is: no look at the time, hence no wait for a GPU and no graph break.
             With ``tol``, the time must allow it.
+        recompute: keep no iterate for the backward but compute all anew there: K·N·D numbers less between forward and
+            backward, for one more forward. First derivatives only.
 
     Raises:
         GeneratorError: tol outside (0, 1), max_terms < 1.
     """
 
-    def __init__(self, tol: float | None = None, max_terms: int | None = None) -> None:
+    def __init__(self, tol: float | None = None, max_terms: int | None = None, *, recompute: bool = False) -> None:
         if tol is not None and not 0 < tol < 1:
             raise GeneratorError(f"tol: expected a probability in (0, 1), got {tol}; choose 1e-3 or smaller")
         if max_terms is not None and max_terms < 1:
             raise GeneratorError(f"max_terms: expected at least 1, got {max_terms}; pass None to let tol choose")
         self.tol = tol
         self.max_terms = max_terms
+        self.recompute = recompute
+
+    def act(  # noqa: D102
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
+    ) -> Tensor:
+        if not self.recompute:
+            return self._act(generator, value, time, clock, first_hop)
+        found: Tensor = checkpoint(self._act, generator, value, time, clock, first_hop, use_reentrant=False)
+        return found
+
+    @abstractmethod
+    def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
+        """``act``, keeping what the backward needs."""
 
     def count_hops(self, theta: Tensor, dtype: torch.dtype, clock: Clock) -> int:
         """K for mean numbers of hops θ.

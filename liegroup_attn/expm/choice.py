@@ -76,7 +76,7 @@ class Automatic(Method):
         sweepable = isinstance(generator, SoftmaxGenerator) and generator.is_causal
         if isinstance(generator, LowRankGenerator):
             closed = not (generator.is_causal or per_row(time) or generator.has_rate_per_token)
-            return LowRank() if closed else Uniformization(self.tol, **self._terms(clock, value))
+            return LowRank() if closed else Uniformization(**self._hops(clock, value))
         if clock.resolvents is not None:
             if generator.is_causal and not per_row(time):
                 return CausalSweep() if sweepable else TriangularSolve()
@@ -98,13 +98,13 @@ class Automatic(Method):
             if clock.resolvents is None and hops > _MOST_HOPS:
                 return ScalingSquaring(tol, max_theta=longest)
             sweepable = sweepable and not matrix_first(int(hops), *value.shape[-2:])
-        terms = self._terms(clock, value)
-        return CausalSweep(self.tol, **terms) if sweepable else Uniformization(self.tol, **terms, formed=formed)
+        knobs = self._hops(clock, value)
+        return CausalSweep(**knobs) if sweepable else Uniformization(**knobs, formed=formed)
 
-    def _terms(self, clock: Clock, value: Tensor) -> dict[str, Any]:
-        """K, if the longest time fixes it."""
+    def _hops(self, clock: Clock, value: Tensor) -> dict[str, Any]:
+        """The knobs of hops: K, if the longest time fixes it, else the tolerance."""
         if self.longest is None:
-            return {}
+            return {"tol": self.tol}
         return {
             "max_terms": max(1, clock.terms(self.longest, default_tol(value.dtype) if self.tol is None else self.tol))
         }

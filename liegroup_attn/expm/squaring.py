@@ -45,9 +45,7 @@ class ScalingSquaring(HopMethod):
         super().__init__(tol)
         self.max_theta = max_theta
 
-    def act(  # noqa: D102
-        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
-    ) -> Tensor:
+    def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
         mixing = self.matrix(generator, time, clock)
         with torch.autocast(value.device.type, enabled=False):
             dtype = torch.promote_types(mixing.dtype, working_dtype(value))

@@ -11,6 +11,7 @@ from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
 from liegroup_attn.expm.jumps import Plan, causal_jumps, extend_jumps, iterates
+from liegroup_attn.expm.kernels import kernels_available
 from liegroup_attn.generators import Generator, SoftmaxGenerator
 
 __all__ = ["CausalSweep"]
@@ -27,6 +28,9 @@ class CausalSweep(HopMethod):
         tol: as in ``HopMethod``; of no effect on clocks that are resolvents.
         max_terms: as in ``HopMethod``; of no effect on clocks that are resolvents.
         block_size: rows in a block; any number ≥ 1, it need not divide N.
+        recompute: as in ``HopMethod``.
+        kernels: experimental: sweep by the Triton kernels, which take head widths 16, 32, 64 and 128 on a GPU and are
+            differentiable once; they have not yet run on one.
 
     Raises:
         GeneratorError: not a causal ``SoftmaxGenerator``, or a block size < 1.
@@ -44,15 +48,26 @@ class CausalSweep(HopMethod):
     Source: docs/mathematics; [Fagnou2024]_ for one scalar rate.
     """
 
-    def __init__(self, tol: float | None = None, max_terms: int | None = None, *, block_size: int = 128) -> None:
-        super().__init__(tol, max_terms)
+    def __init__(
+        self,
+        tol: float | None = None,
+        max_terms: int | None = None,
+        *,
+        block_size: int = 128,
+        recompute: bool = False,
+        kernels: bool = False,
+    ) -> None:
+        super().__init__(tol, max_terms, recompute=recompute)
         if block_size < 1:
             raise GeneratorError(f"block_size: expected at least 1 row, got {block_size}; 128 suits most")
+        if kernels:
+            available, reason = kernels_available()
+            if not available:
+                raise GeneratorError(f"kernels: expected Triton, got none; {reason}")
         self.block_size = block_size
+        self.kernels = kernels
 
-    def act(  # noqa: D102
-        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
-    ) -> Tensor:
+    def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
         if not (isinstance(generator, SoftmaxGenerator) and generator.is_causal):
             raise GeneratorError(
                 "generator: expected a SoftmaxGenerator with is_causal=True for CausalSweep, got "
@@ -69,8 +84,16 @@ class CausalSweep(HopMethod):
             run = self._prepare(generator.jump_rates, value, time, clock, first_hop, batch, dtype)
             query = flatten_batch(run.batch, generator.scale * generator.query.to(dtype))
             key = flatten_batch(run.batch, generator.key.to(dtype))
-            # No jump at all at time 0, unless the time has a gradient.
-            jumps = causal_jumps(query, key, run.onward, run.value, run.plan) if run.plan.jumps else run.value[..., :0]
+            if not run.plan.jumps:  # time 0, and no gradient of it
+                jumps = run.value[..., :0]
+            elif self.kernels:
+                from liegroup_attn.expm.kernels.jumps import causal_jumps_triton
+
+                jumps = causal_jumps_triton(
+                    query, key, run.onward, run.value, stages=run.plan.jumps, implicit=run.plan.implicit, scale=1.0
+                )
+            else:
+                jumps = causal_jumps(query, key, run.onward, run.value, run.plan)
             mixed = run.mix(jumps)
             mixed = generator.jump(mixed) if run.jump_after else mixed
         return mixed.to(value.dtype)

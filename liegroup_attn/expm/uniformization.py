@@ -28,6 +28,7 @@ class Uniformization(HopMethod):
         formed: form P once and hop on it, with a reverse sweep that forms one N×N product for all hops (or, where that
             is cheaper, Σ p_k Pᵏ first: the same result); else never form N×N, each hop is one ``generator.apply``, for
             a ``SoftmaxGenerator`` one fused attention kernel.
+        recompute: as in ``HopMethod``.
 
     Raises:
         GeneratorError: tol outside (0, 1), max_terms < 1.
@@ -43,13 +44,13 @@ class Uniformization(HopMethod):
     Source: [Jensen1953]_, [Moler2003]_.
     """
 
-    def __init__(self, tol: float | None = None, max_terms: int | None = None, *, formed: bool = False) -> None:
-        super().__init__(tol, max_terms)
+    def __init__(
+        self, tol: float | None = None, max_terms: int | None = None, *, formed: bool = False, recompute: bool = False
+    ) -> None:
+        super().__init__(tol, max_terms, recompute=recompute)
         self.formed = formed
 
-    def act(  # noqa: D102
-        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
-    ) -> Tensor:
+    def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
         bound = generator.rate_bound()
         theta = time * bound  # mean number of hops
         hops = self.count_hops(theta, value.dtype, clock)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.optim import build_optimizer, warmup_cosine
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
@@ -76,6 +75,8 @@ class LanguageModel(_Trained):
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
+        continuation: what ``predict`` does to its prompts: arguments of ``generate``, e.g. ``{"max_new_tokens": 64,
+            "temperature": 0.8, "top_p": 0.9, "seed": 0}``; default 64 most probable tokens.
 
     Batches are ``{"tokens": (B, N), "targets": (B, N)}``. Logs ``train/loss`` and, for validation and test, loss
     (nats), perplexity and bits per byte.
@@ -100,6 +101,7 @@ class LanguageModel(_Trained):
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
+        continuation: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -144,46 +146,21 @@ class LanguageModel(_Trained):
         self.log(f"{stage}/bits_per_byte", bits, batch_size=len(scores))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Most probable next token at every position, (B, N)."""
-        return self(batch["tokens"]).argmax(-1)
+        """The batch's tokens continued by the hyperparameter ``continuation``, (B, N + max_new_tokens)."""
+        return self.generate(
+            batch["tokens"], **(self.hparams.continuation or {"max_new_tokens": 64, "temperature": 0.0})
+        )
 
-    @torch.no_grad()
-    def generate(
-        self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, seed: int | None = None
-    ) -> Tensor:
-        """Continue a prompt, computing the whole sequence anew for each token.
-
-        Args:
-            tokens: (B, N ≥ 1), integer.
-            max_new_tokens: ≥ 0.
-            temperature: of the sampling; 0 takes the most probable token.
-            seed: of the sampling; None uses torch's global generator.
-
-        Returns:
-            (B, N + max_new_tokens).
-
-        Raises:
-            ShapeError: no prompt.
-            GeneratorError: negative temperature.
-        """
-        if tokens.dim() != 2 or tokens.size(1) == 0:
-            raise ShapeError(
-                f"tokens: expected (batch, at least 1), got {tuple(tokens.shape)}; start from a newline byte"
-            )
-        if temperature < 0:
-            raise GeneratorError(f"temperature: expected ≥ 0, got {temperature}; 0 takes the most probable token")
-        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+    def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+        """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``."""
         was_training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            scores = self(tokens)[:, -1].float()
-            if temperature == 0:
-                new = scores.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, new], 1)
-        self.train(was_training)
-        return tokens
+        try:
+            return self.transformer.generate(
+                tokens, max_new_tokens, embedding=self.embedding, head=self.head, **sampling
+            )
+        finally:
+            self.train(was_training)
 
 
 class TokenClassifier(_Trained):

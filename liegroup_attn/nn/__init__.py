@@ -1,16 +1,21 @@
 """Modules: softmax and Lie attention that differ in nothing but how they mix, and a Transformer of either."""
 
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
+from liegroup_attn.nn.cache import AttentionCache, TransformerCache
+from liegroup_attn.nn.generation import sample
 from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
 from liegroup_attn.nn.transformer import Transformer
 
 __all__ = [
+    "AttentionCache",
     "AttentionRecipe",
     "LieAttention",
     "SelfAttention",
     "SoftmaxAttention",
     "Transformer",
+    "TransformerCache",
     "build_attention",
+    "sample",
     "scale_time",
 ]

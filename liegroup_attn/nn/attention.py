@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError, check_shape
+from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape
+from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.positional import RotaryEncoding
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
@@ -83,22 +84,99 @@ class SelfAttention(nn.Module, ABC):
             (B, H, N, width of value).
         """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    @abstractmethod
+    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
+        """Mix values of new tokens with all before them, and keep what later ones need.
+
+        Args:
+            x: (B, N, C), the new tokens.
+            query: (B, H, N, D).
+            key: (B, H_kv, N, D).
+            value: (B, H_kv, N, D).
+            cache: of the earlier tokens, checked; the new ones are appended.
+
+        Returns:
+            (B, H, N, D).
+        """
+
+    @abstractmethod
+    def cached_values(self) -> tuple[int, int, torch.dtype | None]:
+        """What a cache keeps of a token beside its key: heads, width, and dtype (None: that of the keys)."""
+
+    def cache_settings(self) -> tuple[object, ...]:
+        """What cached values depend on besides the tokens."""
+        return ()
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> AttentionCache:
+        """An empty cache for decoding.
+
+        Args:
+            batch_size: B.
+            max_tokens: T, for how many tokens there shall be room.
+            dtype: of the keys; default that of the weights.
+            device: default that of the weights.
+
+        Returns:
+            The cache, to be given to ``forward``.
+
+        Raises:
+            CacheError: the layer is not causal, or sizes < 1.
+        """
+        if not self.is_causal:
+            raise CacheError(
+                "cache: expected a layer with is_causal=True, got False; later tokens would change earlier ones"
+            )
+        if batch_size < 1 or max_tokens < 1:
+            raise CacheError(f"cache: expected batch_size, max_tokens ≥ 1, got {batch_size}, {max_tokens}; make room")
+        weight = self.k_proj.weight
+        dtype, device = weight.dtype if dtype is None else dtype, weight.device if device is None else device
+        heads, width, kept = self.cached_values()
+        keys = torch.zeros(batch_size, self.num_kv_heads, max_tokens, self.head_width, dtype=dtype, device=device)
+        values = torch.zeros(batch_size, heads, max_tokens, width, dtype=kept or dtype, device=device)
+        return AttentionCache(self, keys, values, self.cache_settings())
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores).
-            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1.
+            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1, or on from the cache's length.
+            cache: of the tokens before these; they are then taken into account, and these appended.
 
         Returns:
             (B, N, C).
 
         Raises:
             ShapeError: ``x`` is not (B, N, C).
+            CacheError: a cache of another layer, batch, dtype or time, or one that is full.
+            MaskError: a mask beside a cache.
         """
+        if cache is not None and positions is None:
+            positions = torch.arange(cache.length, cache.length + x.size(-2), device=x.device)
         query, key, value = self._project(x, positions)
-        mixed = self.mix(x, query, key, value, attn_mask)  # (B, H, N, D)
+        if cache is None:
+            mixed = self.mix(x, query, key, value, attn_mask)  # (B, H, N, D)
+        else:
+            if attn_mask is not None:
+                raise MaskError("attn_mask: expected None beside a cache, got a mask; decode sequences of equal length")
+            if self.training and self.dropout:
+                raise CacheError("cache: expected a layer in eval mode, got one that drops entries; call .eval()")
+            cache.check(self, key, self.cache_settings())
+            mixed = self.extend(x, query, key, value, cache)  # (B, H, N, D)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def mixing_matrix(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -149,5 +227,21 @@ class SoftmaxAttention(SelfAttention):
             attn_mask,
             self.dropout if self.training else 0.0,
             self.is_causal,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+
+    def cached_values(self) -> tuple[int, int, torch.dtype | None]:  # noqa: D102
+        return self.num_kv_heads, self.head_width, None
+
+    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+        past, new = cache.length, query.size(-2)
+        cache.append(key, value)
+        # A single token sees all; several see the past and one another causally.
+        mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past) if new > 1 else None
+        return F.scaled_dot_product_attention(
+            query,
+            cache.keys[:, :, : cache.length],
+            cache.values[:, :, : cache.length],
+            mask,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import GeneratorError
-from liegroup_attn.expm import Automatic, Method
+from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.errors import CacheError, GeneratorError
+from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
 from liegroup_attn.nn.attention import SelfAttention
+from liegroup_attn.nn.cache import AttentionCache
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -183,6 +184,52 @@ class LieAttention(SelfAttention):
             method=self._method(),
             allow_open_mask=self.allow_open_mask,
         )
+
+    def cached_values(self) -> tuple[int, int, torch.dtype | None]:  # noqa: D102
+        kept = (
+            torch.float64 if self.k_proj.weight.dtype == torch.float64 else torch.float32
+        )  # half would round each hop
+        clock = self.clock or FixedClock()
+        jumps = clock.resolvents
+        if jumps is None:
+            jumps = self._sweep().count_hops(self.flow_time(), self.k_proj.weight.dtype, clock) + self.first_hop
+        return self.num_heads, jumps * self.head_width, kept
+
+    def cache_settings(self) -> tuple[object, ...]:  # noqa: D102
+        return self.time_scale, self.max_time, self.tol, repr(self.clock), self.first_hop, repr(self.method)
+
+    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+        past, group = cache.length, self.num_heads // self.num_kv_heads
+        stop = past + key.size(-2)
+        cache.keys[:, :, past:stop] = key
+        keys = cache.keys[:, :, :stop]
+        mixed, kept = self._sweep().extend(
+            query * query.size(-1) ** -0.5,
+            keys.repeat_interleave(group, 1) if group > 1 else keys,
+            value.repeat_interleave(group, 1) if group > 1 else value,
+            cache.values[:, :, :past],
+            jump_rates=self.jump_rates(x),
+            time=self.flow_time(),
+            clock=self.clock or FixedClock(),
+            first_hop=self.first_hop,
+        )
+        cache.append(key, kept)
+        return mixed
+
+    def _sweep(self) -> CausalSweep:
+        """The sweep that computes on new tokens what ``forward`` computes on all."""
+        if self.rate_fn is not None:
+            raise CacheError(
+                "cache: expected a layer with rate_fn=None, got a rate function; only jump chains are swept"
+            )
+        clock = self.clock or FixedClock()
+        if clock.resolvents is not None:
+            return CausalSweep()
+        if self.method is None:
+            return CausalSweep(max_terms=max(1, clock.terms(self.max_time * self.time_scale, self.tol)))
+        if isinstance(self.method, HopMethod):
+            return CausalSweep(self.method.tol, self.method.max_terms)
+        return CausalSweep()  # to the rounding unit
 
     def _method(self) -> Method | None:
         if self.method is not None or self.rate_fn is not None:  # the rates of a rate_fn are not known before data is

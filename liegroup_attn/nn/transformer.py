@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError
+from liegroup_attn.errors import CacheError, ShapeError
+from liegroup_attn.nn.attention import SelfAttention
+from liegroup_attn.nn.cache import AttentionCache, TransformerCache
+from liegroup_attn.nn.generation import continue_tokens
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_rotary
 
 __all__ = ["Block", "Transformer"]
@@ -16,7 +20,7 @@ __all__ = ["Block", "Transformer"]
 class Block(nn.Module):
     """x + attention(norm x), then x + feed-forward(norm x)."""
 
-    def __init__(self, attention: nn.Module, width: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(self, attention: SelfAttention, width: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
         hidden = int(mlp_ratio * width)
         self.attention_norm = nn.LayerNorm(width)
@@ -25,9 +29,15 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
         """(B, N, C) → (B, N, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask, positions))
+        x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask, positions, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -83,17 +93,115 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TransformerCache:
+        """Empty caches of all layers; arguments and errors as in ``SelfAttention.new_cache``."""
+        return TransformerCache(
+            [block.attention.new_cache(batch_size, max_tokens, dtype=dtype, device=device) for block in self._blocks()]
+        )
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: TransformerCache | None = None,
+    ) -> Tensor:
         """Run the stack.
 
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float.
-            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1.
+            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1, or on from the cache's length.
+            cache: of the tokens before these, from ``new_cache``; these are appended.
 
         Returns:
             (B, N, C).
+
+        Raises:
+            CacheError: caches of another model, batch, dtype or time, or full ones.
         """
-        for block in self.blocks:
-            x = block(x, attn_mask, positions)
+        if cache is not None and len(cache) != len(self.blocks):
+            raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
+        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, attn_mask, positions, kept)
         return self.norm(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        embedding: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Continue prompts of equal length, token by token, in eval mode.
+
+        Args:
+            tokens: (B, N ≥ 1), integer.
+            max_new_tokens: ≥ 0.
+            embedding: tokens (B, N) → (B, N, C).
+            head: (B, N, C) → scores (B, N, V).
+            temperature: ≥ 0, divides the scores; 0 takes the most probable token.
+            top_k: draw among the k most probable only.
+            top_p: draw among the fewest tokens whose probabilities sum to at least p only.
+            seed: of the sampling; None uses torch's global generator.
+            use_cache: keep what each layer needs of earlier tokens; else compute all anew for each token.
+
+        Returns:
+            (B, N + max_new_tokens).
+
+        Raises:
+            ShapeError: no prompt.
+            GeneratorError: negative temperature or count, top_k < 1, top_p outside (0, 1].
+            CacheError: attention that is not causal or has a rate_fn; pass ``use_cache=False``.
+
+        Example:
+            >>> model = Transformer(16, 1, 2, {"module": "LieAttention"}, is_causal=True)
+            >>> embedding, head = nn.Embedding(8, 16), nn.Linear(16, 8)
+            >>> prompt = torch.zeros(1, 3, dtype=torch.long)
+            >>> model.generate(prompt, 4, embedding=embedding, head=head, top_k=2).shape
+            torch.Size([1, 7])
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            cache: TransformerCache | None = None
+
+            def step(unseen: Tensor) -> Tensor:
+                nonlocal cache
+                x = embedding(unseen)
+                if use_cache and cache is None:
+                    dtype = (
+                        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+                    )
+                    cache = self.new_cache(len(tokens), tokens.size(1) + max_new_tokens, dtype=dtype)
+                return head(self(x, cache=cache)[:, -1:])[:, 0]
+
+            return continue_tokens(
+                step,
+                tokens,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                incremental=use_cache,
+            )
+        finally:
+            self.train(was_training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import CacheError, GeneratorError, ShapeError
 from liegroup_attn.lightning import ByteCorpus, LanguageModel, RandomForests, TokenClassifier
 from liegroup_attn.manifolds import ManifoldParameter
 from liegroup_attn.nn import LieAttention
@@ -234,10 +235,13 @@ def test_a_third_test_set_is_refused(tmp_path):
 
 
 def test_predictions(tmp_path, corpus):
-    model = language_model()
-    (first, _) = trainer(tmp_path).predict(model, corpus)
-    batch = next(iter(corpus.test_dataloader()))
-    assert torch.equal(first, model.eval()(batch["tokens"]).argmax(-1))
+    """Prompts are continued, by default by their most probable tokens."""
+    for continuation in (None, {"max_new_tokens": 3, "top_p": 0.5, "seed": 1}):
+        model = language_model(continuation=continuation)
+        (first, _) = trainer(tmp_path).predict(model, corpus)
+        sampling = continuation or {"max_new_tokens": 64, "temperature": 0.0}
+        batch = next(iter(corpus.test_dataloader()))
+        assert torch.equal(first, model.generate(batch["tokens"], **sampling))
     sets = trainer(tmp_path).predict(classifier(), forests())
     assert [[tuple(p.shape) for p in batches] for batches in sets] == [
         [(4, 8), (4, 8), (2, 8)],
@@ -248,6 +252,10 @@ def test_predictions(tmp_path, corpus):
 @recipes
 def test_generation(recipe):
     model, prompt = language_model(recipe, dropout=0.5).train(), torch.randint(128, (3, 4))
+    if recipe.get("rate_fn"):  # not a jump chain: says so, and can compute all anew
+        with pytest.raises(CacheError, match="rate_fn"):
+            model.generate(prompt, 1)
+        model.generate = functools.partial(model.generate, use_cache=False)
     greedy = model.generate(prompt, 5, temperature=0)
     assert model.training
     assert greedy.shape == (3, 9)
@@ -274,8 +282,18 @@ def test_generation(recipe):
 @pytest.mark.parametrize(
     ("tokens", "temperature", "error", "match"),
     [
-        (torch.zeros(2, 0).long(), 1.0, ShapeError, r"tokens: expected \(batch, at least 1\), got \(2, 0\); start"),
-        (torch.zeros(3).long(), 1.0, ShapeError, r"tokens: expected \(batch, at least 1\), got \(3,\); start"),
+        (
+            torch.zeros(2, 0).long(),
+            1.0,
+            ShapeError,
+            r"tokens: expected integers \(batch, at least 1\), got torch.int64 \(2, 0\); start",
+        ),
+        (
+            torch.zeros(3).long(),
+            1.0,
+            ShapeError,
+            r"tokens: expected integers \(batch, at least 1\), got torch.int64 \(3,\); start",
+        ),
         (torch.zeros(1, 1).long(), -1.0, GeneratorError, r"temperature: expected ≥ 0, got -1.0; 0 takes"),
     ],
 )
