@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.benchmarks.measure import describe
 from experiments.benchmarks.parts import PARTS, Cell, Options
-from experiments.benchmarks.report import FOLDER, report
+from experiments.benchmarks.report import FOLDER
+from experiments.draw import draw
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
 
@@ -38,14 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     output = args.output or Path("runs") / ("bench-quick" if args.quick else "bench")
     path = output / FOLDER / "results" / f"{options.device.partition(':')[0]}-{options.dtype}.json"
-    cells = [cell for part in args.parts for cell in PARTS[part](options)]
+    cells = list({cell.key: cell for part in args.parts for cell in PARTS[part](options)}.values())
     console = Console()
     try:
         _measure(cells, path, _setting(options), args.fresh, console)
     except KeyboardInterrupt:
         console.print("\nstopped; finished cells are kept, and the same command again resumes")
         sys.exit(130)
-    for written in report(output):
+    for written in draw(output, [FOLDER]):
         console.print(f"wrote {written}")
     console.print((output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
 
@@ -81,7 +82,7 @@ def _options(args: argparse.Namespace) -> Options:
     given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name, value in given.items():
         if not isinstance(value, str) and min(value if isinstance(value, list) else [value]) <= 0:
-            raise ValueError(f"{name}: expected at least 1, got {value}; give positive numbers")
+            raise ValueError(f"{name}: expected more than 0, got {value}; give positive numbers")
     if args.width % 2:
         raise ValueError(f"width: expected an even number, got {args.width}; RoPE turns pairs of features")
     try:

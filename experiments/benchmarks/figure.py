@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,11 +22,11 @@ COLORS = {
     "exp, dopri5 (GRAND-l)": "#E69F00",
     "exp, Uniformization": "#0072B2",
     "exp, Uniformization, formed S": "#56B4E9",
-    "exp, ScalingSquaring": "#56B4E9",
+    "exp, ScalingSquaring": "#882255",
     "exp causal, Uniformization": "#56B4E9",
     "exp causal, CausalSweep": "#0072B2",
     "first hop + exponential, CausalSweep": "#D55E00",
-    "first hop + exponential, TriangularSolve": "#E69F00",
+    "first hop + exponential, TriangularSolve": "#D55E00",
     "exp low rank, closed form": "#009E73",
     "exp low rank, causal hops": "#009E73",
 }
@@ -79,10 +77,10 @@ def _panel(ax: Axes, curves: Curves, label: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ticks = sorted({n for xs, _ in curves.values() for n in xs})
-    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.set_xticks(ticks, [str(n) if n < 1024 or n % 1024 else f"{n // 1024}k" for n in ticks])
     ax.minorticks_off()
-    if ax.get_legend() is not None:
-        ax.get_legend().remove()
+    if (legend := ax.get_legend()) is not None:
+        legend.remove()
     for line in ax.lines:
         if any(word in str(line.get_label()) for word in CAUSAL):
             line.set_linestyle((0, (4, 2)))
@@ -91,41 +89,35 @@ def _panel(ax: Axes, curves: Curves, label: str) -> None:
 
 def _label_ends(ax: Axes, curves: Curves) -> None:
     """Names and powers of N in a column at the right, in the order of the ends, apart from each other."""
-    if not curves:
-        return
-    low, high = ax.get_ylim()
-    scale = ax.transAxes.inverted()
-    ends = {}
-    for name, (xs, ys) in curves.items():
-        x, y = scale.transform(ax.transData.transform((xs[-1], ys[-1])))
-        ends[name] = (float(x), float(y))
-    ordered = sorted(ends, key=lambda name: ends[name][1])
-    heights = _apart([ends[name][1] for name in ordered], gap=0.056)
-    ax.set_ylim(low, high)
+    into = ax.transData + ax.transAxes.inverted()
+    ax.set_ylim(ax.get_ylim())  # the labels must not move it
+    ends = {name: into.transform((xs[-1], ys[-1])) for name, (xs, ys) in curves.items()}
+    ordered = sorted(ends, key=lambda name: float(ends[name][1]))
+    heights = _apart([float(ends[name][1]) for name in ordered], gap=0.058)
     for name, height in zip(ordered, heights, strict=True):
         power = slope(*curves[name])
-        text = name if power is None else f"{name}  $N^{{{power:.1f}}}$"
-        color = COLORS.get(name, ax.lines[list(curves).index(name)].get_color())
+        color = ax.lines[list(curves).index(name)].get_color()
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.7, "relpos": (0, 0.5)}
         ax.annotate(
-            text,
-            xy=ends[name],
-            xytext=(1.06, height),
+            name if power is None else f"{name}  $N^{{{power:.1f}}}$",
+            xy=(float(ends[name][0]), float(ends[name][1])),
+            xytext=(1.09, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
             fontsize=8,
             va="center",
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
+            arrowprops=arrow | {"shrinkA": 1, "shrinkB": 3},
         )
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as a few sweeps need so that neighbours are ``gap`` apart."""
-    moved = list(heights)
-    for _ in range(200):
-        for i, (a, b) in enumerate(pairwise(list(moved))):
-            a, b = moved[i], moved[i + 1]
-            if b - a < gap:
-                push = (gap - (b - a)) / 2
-                moved[i], moved[i + 1] = a - push, b + push
+    """Ascending heights, moved so that neighbours are ``gap`` apart and all lie in [0, 1] as far as they fit."""
+    moved: list[float] = []
+    for height in heights:  # up, then back down from the top
+        moved.append(max(height, moved[-1] + gap) if moved else max(height, 0.0))
+    top = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], top)
+        top = moved[i] - gap
     return moved

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ import torch
 from experiments.benchmarks import values
 from experiments.benchmarks.competitors import TOL, Row, attention_rows, small_rows, why_not
 from experiments.benchmarks.measure import PHASES, Shape, make_call, make_inputs, peak_memory, time_in_turn
+from liegroup_attn.nn import AttentionRecipe
 
 __all__ = ["PARTS", "Cell", "Options"]
 
 Cells = dict[str, dict[str, Any]]
+FORWARD, BOTH = PHASES
 MOST_HEADED = 4096  # tokens; beyond, one head
 
 
@@ -58,26 +61,24 @@ class Cell:
 
 
 def attention(options: Options) -> Iterator[Cell]:
-    """Values first, then time, then memory, over N."""
-    o = options
-    names = attention_rows(TOL)
-
-    def shape(tokens: int) -> Shape:
-        return Shape(tokens, o.heads if tokens <= MOST_HEADED else 1, o.width, o.device, o.dtype)
-
-    checked = shape(values.TOKENS)
-    kept, skipped = _split(names, values.TOKENS, False, o.device)
-    yield Cell("values", {"part": "values"}, kept, lambda _: values.check_values(checked), skipped)
-    settings = [(tokens, phase, phase == PHASES[1]) for tokens in o.tokens for phase in PHASES]
-    for tokens, phase, backward in settings:
-        kept, skipped = _split(names, tokens, backward, o.device)
-        facts = {"part": "attention", "tokens": tokens, "heads": shape(tokens).heads, "phase": phase}
-        run = partial(_time_attention, kept, shape(tokens), backward, o)
+    """Values at one N, then time over N."""
+    yield _values(options)
+    for tokens, phase in product(options.tokens, PHASES):
+        kept, skipped = _split(attention_rows(TOL), tokens, phase, options)
+        shape = _shape(tokens, options)
+        facts = {"part": "attention", "tokens": tokens, "heads": shape.heads, "phase": phase}
+        run = partial(_time_attention, kept, shape, phase, options)
         yield Cell(f"attention, N = {tokens}, {phase}", facts, kept, run, skipped)
-    for tokens, phase, backward in settings:
-        for name in _split(names, tokens, backward, o.device)[0]:
-            facts = {"part": "memory", "tokens": tokens, "heads": shape(tokens).heads, "phase": phase}
-            run = partial(_peak, name, shape(tokens), backward, o)
+
+
+def memory(options: Options) -> Iterator[Cell]:
+    """Peak memory over N, one row a cell: each needs a process of its own."""
+    yield _values(options)
+    for tokens, phase in product(options.tokens, PHASES):
+        shape = _shape(tokens, options)
+        facts = {"part": "memory", "tokens": tokens, "heads": shape.heads, "phase": phase}
+        for name in _split(attention_rows(TOL), tokens, phase, options)[0]:
+            run = partial(_peak, name, shape, phase, options)
             yield Cell(f"memory, N = {tokens}, {phase}, {name}", facts, (name,), run)
 
 
@@ -87,14 +88,14 @@ def small(options: Options) -> Iterator[Cell]:
     for tokens in o.small_tokens:
         for width in o.small_widths:
             for time in o.small_times:
-                kept, skipped = _split(small_rows(time), tokens, True, o.device)
+                kept, skipped = _split(small_rows(time), tokens, BOTH, o)
                 facts = {"part": "small", "tokens": tokens, "heads": o.small_batch, "width": width, "time": time}
                 shape = Shape(tokens, o.small_batch, width, o.device, o.dtype)
                 run = partial(_time_small, kept, shape, time, o)
                 yield Cell(f"small, N = {tokens}, d = {width}, θ = {time:g}", facts, kept, run, skipped)
 
 
-DECODERS: dict[str, dict[str, Any]] = {
+DECODERS: dict[str, AttentionRecipe] = {
     "softmax": {"module": "SoftmaxAttention"},
     "first hop + exponential clock": {
         "module": "LieAttention",
@@ -123,14 +124,25 @@ def imports(options: Options) -> Iterator[Cell]:
 
 PARTS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "attention": attention,
+    "memory": memory,
     "small": small,
     "decode": decode,
     "import": imports,
 }
 
 
-def _split(rows: dict[str, Row], tokens: int, backward: bool, device: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    reasons = {name: why_not(row, tokens, backward, device) for name, row in rows.items()}
+def _shape(tokens: int, o: Options) -> Shape:
+    return Shape(tokens, o.heads if tokens <= MOST_HEADED else 1, o.width, o.device, o.dtype)
+
+
+def _values(o: Options) -> Cell:
+    kept, skipped = _split(attention_rows(TOL), values.TOKENS, FORWARD, o)
+    shape = _shape(values.TOKENS, o)
+    return Cell("values", {"part": "values"}, kept, lambda _: values.check_values(shape), skipped)
+
+
+def _split(rows: dict[str, Row], tokens: int, phase: str, o: Options) -> tuple[tuple[str, ...], dict[str, str]]:
+    reasons = {name: why_not(row, tokens, phase == BOTH, o.device) for name, row in rows.items()}
     kept = tuple(name for name, reason in reasons.items() if reason is None)
     return kept, {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -139,14 +151,14 @@ def _tolerance(cells: Cells) -> float:
     return cells["values"]["dopri5"]["tolerance"] if cells["values"]["dopri5"] else TOL
 
 
-def _time_attention(names: tuple[str, ...], shape: Shape, backward: bool, o: Options, cells: Cells) -> dict[str, Any]:
+def _time_attention(names: tuple[str, ...], shape: Shape, phase: str, o: Options, cells: Cells) -> dict[str, Any]:
     inputs, rows = make_inputs(shape), attention_rows(_tolerance(cells))
-    calls = {name: make_call(rows[name].run, inputs, backward, rotary=True) for name in names}
+    calls = {name: make_call(rows[name].run, inputs, phase == BOTH, rotary=True) for name in names}
     return {"rows": time_in_turn(calls, o.repeats, o.seconds, o.device)}
 
 
-def _peak(name: str, shape: Shape, backward: bool, o: Options, cells: Cells) -> dict[str, Any]:
-    return {"rows": {name: peak_memory(name, shape, backward, o.threads, _tolerance(cells))}}
+def _peak(name: str, shape: Shape, phase: str, o: Options, cells: Cells) -> dict[str, Any]:
+    return {"rows": {name: peak_memory(name, shape, phase == BOTH, o.threads, _tolerance(cells))}}
 
 
 def _time_small(names: tuple[str, ...], shape: Shape, time: float, o: Options, cells: Cells) -> dict[str, Any]:
