@@ -70,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(_DTYPES)}")
     parser.add_argument("--output", type=Path, default=None, help="results, table, figure; default runs/bench[-quick]")
-    parser.add_argument("--fresh", action="store_true", help="forget what is measured already")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is measured already")
     return parser.parse_args(argv)
 
 
@@ -86,7 +86,8 @@ def _options(args: argparse.Namespace) -> Options:
     if args.width % 2:
         raise ValueError(f"width: expected an even number, got {args.width}; RoPE turns pairs of features")
     try:
-        torch.empty(1, device=args.device)
+        if torch.empty(1, device=args.device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can be timed")
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(
             f"device: expected one that this machine has, got {args.device!r} ({describe(problem)}); try cpu"
@@ -119,15 +120,7 @@ def _setting(options: Options) -> dict[str, Any]:
 
 def _measure(cells: list[Cell], path: Path, setting: dict[str, Any], fresh: bool, console: Console) -> None:
     """Measure what is not measured yet; each cell is written at once."""
-    stored: dict[str, Any] = {} if fresh or not path.exists() else json.loads(path.read_text())
-    stored = stored or {"setting": setting, "cells": {}}
-    different = [name for name, value in setting.items() if stored["setting"].get(name) != value]
-    if different:
-        was = ", ".join(f"{name} {stored['setting'].get(name)}" for name in different)
-        now = ", ".join(f"{name} {setting[name]}" for name in different)
-        raise ValueError(
-            f"output: expected measurements with {now}, got {path} with {was}; pass --fresh, or another --output"
-        )
+    stored = _stored(path, setting, {cell.key for cell in cells} if fresh else set())
     done = stored["cells"]
     waiting = [cell for cell in cells if not cell.finished(done.get(cell.key))]
     code = code_hash()
@@ -148,6 +141,21 @@ def _measure(cells: list[Cell], path: Path, setting: dict[str, Any], fresh: bool
             done[cell.key] = cell.facts | {"date": today, "code": code, "skipped": cell.skipped} | found
             write_json(path, stored)
             progress.advance(task)
+
+
+def _stored(path: Path, setting: dict[str, Any], unwanted: set[str]) -> dict[str, Any]:
+    """What was measured with this setting before, but for the unwanted cells."""
+    stored = json.loads(path.read_text()) if path.exists() else {"setting": setting, "cells": {}}
+    different = [name for name, value in setting.items() if stored["setting"].get(name) != value]
+    if different and unwanted:
+        return {"setting": setting, "cells": {}}
+    if different:
+        was = ", ".join(f"{name} {stored['setting'].get(name)}" for name in different)
+        now = ", ".join(f"{name} {setting[name]}" for name in different)
+        raise ValueError(
+            f"output: expected measurements with {now}, got {path} with {was}; pass --fresh to drop them, or another --output"
+        )
+    return stored | {"cells": {key: cell for key, cell in stored["cells"].items() if key not in unwanted}}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Row(NamedTuple):
 def jump_chain(query: Tensor, key: Tensor) -> Tensor:
     """S = softmax(q kᵀ/√d), formed; at least float32, since matrix_exp of half precision is garbage."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    return (query.to(wide) @ key.mT.to(wide) / query.size(-1) ** 0.5).softmax(-1)
+    return ((query.to(wide) / query.size(-1) ** 0.5) @ key.to(wide).mT).softmax(-1)
 
 
 def softmax(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
@@ -82,7 +82,7 @@ def scipy_expm_multiply(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     chain = jump_chain(query, key)
     generator = (chain - torch.eye(chain.size(-1), dtype=chain.dtype)).flatten(0, -3).numpy()
-    values = value.flatten(0, -3).numpy()
+    values = value.to(chain.dtype).flatten(0, -3).numpy()
     mixed = [torch.from_numpy(expm_multiply(q, v)) for q, v in zip(generator, values, strict=True)]
     return torch.stack(mixed).view(value.shape).to(value.dtype)
 

@@ -109,7 +109,7 @@ def _seconds(call: Callable[[], object], times: int, device: str) -> float:
     for _ in range(times):
         call()
     _wait(device)
-    return (time.perf_counter() - start) / times
+    return float(f"{(time.perf_counter() - start) / times:.5g}")
 
 
 def _wait(device: str) -> None:

@@ -124,6 +124,13 @@ def test_memory_is_measured_in_a_fresh_process():
     assert found["how"] in ("VmHWM", "ru_maxrss")
 
 
+def test_decoding_is_timed_without_its_prompt():
+    (cell,) = parts.decode(parts.Options(context=8, new_tokens=2, decode_width=16, repeats=2, seconds=1.0))
+    rows = cell.measure({})["rows"]
+    assert set(rows) == set(parts.DECODERS) == set(cell.rows)
+    assert all(len(row["seconds"]) == 2 for row in rows.values())
+
+
 def test_report_comes_from_json_alone(measured, tmp_path, monkeypatch):
     (name, result), *_ = load(measured).items()
     write_json(tmp_path / "benchmarks" / "results" / f"{name}.json", result)
@@ -213,6 +220,15 @@ def test_measurements_of_another_setting_do_not_mix(measured):
         ValueError, match=r"output: expected measurements with repeats 3, got .* with repeats 2; pass --fresh"
     ):
         bench.main([*ARGUMENTS, "--repeats", "3", "--output", str(measured)])
+
+
+def test_fresh_drops_what_is_asked_for(tmp_path):
+    setting = {"repeats": 2}
+    path = tmp_path / "r.json"
+    write_json(path, {"setting": setting, "cells": {"a": {}, "b": {}}})
+    assert set(bench._stored(path, setting, set())["cells"]) == {"a", "b"}
+    assert set(bench._stored(path, setting, {"a"})["cells"]) == {"b"}
+    assert bench._stored(path, {"repeats": 3}, {"a"}) == {"setting": {"repeats": 3}, "cells": {}}
 
 
 def test_the_command_ends_in_one_sentence(tmp_path):
