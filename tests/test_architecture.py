@@ -36,6 +36,7 @@ DOORS = {
     "lightning": ("liegroup_attn.lightning", "experiments"),
     "pytorch_lightning": (),
     "scipy": ("experiments",),
+    "torchdiffeq": ("experiments",),
     "transformers": ("liegroup_attn.integrations", "experiments"),
 }
 
