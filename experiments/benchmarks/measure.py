@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import resource
@@ -143,6 +145,9 @@ def _peak_here(name: str, shape: Shape, backward: bool, threads: int, tolerance:
         call()
         _wait(shape.device)
         return {"bytes": torch.cuda.max_memory_allocated(shape.device) - before, "how": "max_memory_allocated"}
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what the warm-up freed must not be at hand
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
         before = _status("VmRSS")

@@ -46,7 +46,7 @@ def _fixed(result: Result) -> Iterator[Target]:
     what = f"fixed clock, θ = 1, tail 1e-3, {AT_1024}"
     for base, sign, needed, words in (
         ("exp, torch.matrix_exp", "≥", 60.0, "torch.matrix_exp takes as many times as long"),
-        ("exp, dopri5 (GRAND-l)", "≥", 5.0, "dopri5 at no smaller error takes as many times as long"),
+        ("exp, dopri5 (GRAND-l)", "≥", 5.0, "dopri5, at no larger error, takes as many times as long"),
     ):
         yield Target(f"{what}: {words}", sign, needed, *_most(cell, FIXED, base))
     yield Target(f"{what}: time over SDPA", "≤", 4.0, *_least(cell, FIXED, BASE))

@@ -17,7 +17,7 @@ from experiments.flops import count_flops
 __all__ = ["REFERENCES", "TOKENS", "check_values", "error", "find_tolerance"]
 
 TOKENS = 128
-LADDER = tuple(digit * 10.0**-power for power in range(1, 8) for digit in (10, 5, 2))
+LADDER = tuple(digit * 10.0**-power for power in range(1, 7) for digit in (10, 5, 2))
 
 Array = np.ndarray
 
