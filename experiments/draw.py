@@ -9,12 +9,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.benchmarks.report import FOLDER, report
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
 from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matrices
 
 __all__ = ["draw"]
 
+DRAWN = (*EXPERIMENTS, FOLDER)
 # One colour a variant in every figure (Okabe–Ito).
 COLORS = {
     TITLES["softmax"]: "#000000",
@@ -27,19 +29,19 @@ COLORS = {
 SCALED = 4  # of the time factors in the result files, the one that has a panel
 
 
-def draw(output: Path, experiments: Sequence[str] = EXPERIMENTS) -> list[Path]:
+def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
     """Write table.md and figures/*.png of each experiment that has results.
 
     Args:
         output: holds ``<experiment>/results/*.json``; the repository's ``experiments`` folder also has its READMEs
             filled.
-        experiments: names.
+        experiments: names, or ``benchmarks``.
 
     Returns:
         The files written.
     """
-    written = []
-    for experiment in experiments:
+    written = report(output) if FOLDER in experiments else []
+    for experiment in (name for name in experiments if name != FOLDER):
         results = load_results(output, experiment)
         if not results:
             continue
@@ -134,12 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``liegroup-attn draw``."""
     parser = argparse.ArgumentParser(prog="liegroup-attn draw", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT, help="folder with results; default the committed ones")
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--experiments", nargs="+", choices=DRAWN, default=list(DRAWN))
     args = parser.parse_args(argv)
     written = draw(args.output, args.experiments)
     if not written:
         raise FileNotFoundError(
-            f"output: expected <experiment>/results/*.json in {args.output}, got none; run liegroup-attn compare first"
+            f"output: expected <experiment>/results/*.json in {args.output}, got none; run liegroup-attn compare or bench first"
         )
     for path in written:
         print(f"wrote {path}")

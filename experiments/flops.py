@@ -1,8 +1,9 @@
-"""Floating-point operations of one training step, counted alike for every variant."""
+"""Floating-point operations, counted alike for every variant and method."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,16 +12,31 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["flops_per_step"]
+__all__ = ["count_flops", "flops_per_step"]
 
 aten = torch.ops.aten
 
 
-def flops_per_step(model: L.LightningModule, batch: dict[str, Tensor]) -> int:
-    """Count forward and backward of one batch: two operations a multiply-add, matrix products and solves only.
+def count_flops(call: Callable[[], object]) -> int:
+    """Operations of a call: two a multiply-add, matrix products and solves only.
 
-    Attention is counted as its two products over the full N×N square for every variant (a causal kernel may
-    skip half). torch's counter sees nothing in ``matrix_exp`` and solves, so their formulas are given here.
+    Attention is counted as its two products over the full N×N square (a causal kernel may skip half). torch's counter
+    sees nothing in ``matrix_exp``, inverses and solves, so their formulas are given here.
+
+    Args:
+        call: what to count, with its backward if that shall count.
+
+    Returns:
+        Operations.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
+def flops_per_step(model: L.LightningModule, batch: dict[str, Tensor]) -> int:
+    """Count forward and backward of one batch, alike for every variant.
 
     Args:
         model: a LightningModule whose ``training_step`` takes the batch.
@@ -29,25 +45,19 @@ def flops_per_step(model: L.LightningModule, batch: dict[str, Tensor]) -> int:
     Returns:
         Operations per step.
     """
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten.linalg_matrix_exp: _matrix_exp,
-            aten.linalg_solve_triangular: _solve_triangular,
-            aten._linalg_solve_ex: _solve,
-        },
-    )
+
+    def step() -> None:
+        loss = model.training_step(batch, 0)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+
     log = model.log
     try:
         model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-        with counter, sdpa_kernel(SDPBackend.MATH):
-            loss = model.training_step(batch, 0)
-            assert isinstance(loss, Tensor)
-            loss.backward()
+        return count_flops(step)
     finally:
         model.log = log  # type: ignore[method-assign]
         model.zero_grad()
-    return counter.get_total_flops()
 
 
 def _matrix_exp(matrix: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -70,5 +80,21 @@ def _solve(matrix: Tensor, right: Tensor, *args: Any, out_val: Any = None, **kwa
     return matrix.shape[:-2].numel() * (2 * n**3 // 3 + 2 * n * n * right.size(-1))
 
 
-for _formula in (_matrix_exp, _solve_triangular, _solve):
+def _lu_solve(factors: Tensor, pivots: Tensor, right: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Two triangular solves."""
+    return factors.shape[:-2].numel() * 2 * factors.size(-1) ** 2 * right.size(-1)
+
+
+def _inverse(matrix: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return matrix.shape[:-2].numel() * 2 * matrix.size(-1) ** 3
+
+
+_FORMULAS = {
+    aten.linalg_matrix_exp: _matrix_exp,
+    aten.linalg_solve_triangular: _solve_triangular,
+    aten._linalg_solve_ex: _solve,
+    aten.linalg_lu_solve: _lu_solve,
+    aten.linalg_inv_ex: _inverse,
+}
+for _formula in _FORMULAS.values():
     setattr(_formula, "_get_raw", True)  # noqa: B010  # the counter then passes tensors, not shapes

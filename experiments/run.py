@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fcntl
-import hashlib
 import os
 import platform
 import re
@@ -20,8 +19,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import liegroup_attn
 from experiments.flops import flops_per_step
+from experiments.provenance import code_hash, device_name
 from experiments.results import Run, write_json
 from liegroup_attn.lightning import ByteCorpus, TokenClassifier
 from liegroup_attn.lightning.callbacks import layer_inputs
@@ -183,7 +182,7 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
         "cpu_seconds": round(history.cpu_seconds, 1),
         "peak_memory_bytes": history.peak_memory,
         "hardware": _hardware(cli.trainer, threads),
-        "code": _code_hash(),
+        "code": code_hash(),
         "versions": {name: version(name) for name in ("liegroup-attn", "torch", "lightning", "geoopt", "numpy")},
         "python": platform.python_version(),
         "data": cli.datamodule.facts() if isinstance(cli.datamodule, ByteCorpus) else None,
@@ -233,30 +232,15 @@ def _mixing(cli: LieCLI) -> dict[str, Any]:
     return {**found, "heads": [[[round(p, 4) for p in row] for row in head] for head in matrix.tolist()]}
 
 
-def _code_hash() -> str:
-    """Of the library's source, so that a result says which code made it."""
-    package = Path(liegroup_attn.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _round(value: float) -> float:
     return float(f"{float(value):.6g}")
 
 
 def _hardware(trainer: L.Trainer, threads: int) -> dict[str, Any]:
     device = trainer.strategy.root_device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-        name = match.group(1) if match else platform.processor() or platform.machine()
     return {
         "device": device.type,
-        "name": name,
+        "name": device_name(device),
         "cores": os.cpu_count(),
         "threads": threads,
         "devices": trainer.num_devices,

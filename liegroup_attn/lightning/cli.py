@@ -19,13 +19,18 @@ from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 __all__ = ["LieCLI", "main"]
 
 _MENDABLE = (ValueError, TypeError, FileNotFoundError, ConnectionError, ConvergenceError, MisconfigurationException)
-_EXPERIMENTS = {"compare": "experiments.compare", "draw": "experiments.draw"}
+_EXPERIMENTS = {
+    "compare": "experiments.compare",
+    "draw": "experiments.draw",
+    "bench": "experiments.benchmarks.bench",
+}
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
 
   liegroup-attn fit|validate|test|predict --config FILE [--config FILE …] [--KEY VALUE …]
         train or run one model; --help after the word lists every key
   liegroup-attn compare [--help]    train every variant side by side, then the table and figures (from a clone)
+  liegroup-attn bench [--help]      time and memory beside the competitors, table and figure (from a clone)
   liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
 """
 
