@@ -6,22 +6,23 @@ row runs, and ``needs`` says which ones may be absent, so that a row may stand h
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import importla.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import liegroup_attn as la
+from liegroup_attn.expm import uniformization
 
 __all__ = ["BASE", "Row", "Run", "attention_rows", "jump_chain", "small_rows", "why_not"]
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
-lib: Any = la
 BASE = "softmax, SDPA"  # ratios are over this row
 TOL = 1e-3
 FAR = 2**15  # no limit within the benchmark
@@ -90,8 +91,8 @@ def scipy_expm_multiply(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def low_rank(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
     """exp(S − I)V with S linear attention of the features elu + 1: the closed form, or causal hops."""
-    generator = lib.LowRankGenerator(lib.elu_plus_one(query), lib.elu_plus_one(key), is_causal=is_causal)
-    return la.expm_multiply(generator, value, method=la.Uniformization(TOL) if is_causal else lib.LowRank())
+    generator = la.LowRankGenerator(la.elu_plus_one(query), la.elu_plus_one(key), is_causal=is_causal)
+    return la.expm_multiply(generator, value, method=la.Uniformization(TOL) if is_causal else la.LowRank())
 
 
 def library(method: Callable[[], Any], **options: Any) -> Run:
@@ -116,38 +117,53 @@ def attention_rows(tolerance: float) -> dict[str, Row]:
         "exp, torch.matrix_exp": Row(matrix_exp, "exp", 1024, 1024),
         "exp, dopri5 (GRAND-l)": Row(ode, "exp", 2048, 2048, ("torchdiffeq",)),
         "exp, SciPy expm_multiply": Row(scipy_expm_multiply, "exp", 2048, NO_BACKWARD, ("scipy",)),
-        "exp, Uniformization": Row(library(lambda: lib.Uniformization(TOL)), "exp"),
+        "exp, Uniformization": Row(library(lambda: la.Uniformization(TOL)), "exp"),
         "exp, Uniformization, formed S": Row(
-            library(lambda: lib.Uniformization(TOL, formed=True)), "exp", 4096, 4096, ("Uniformization.formed",)
+            library(lambda: la.Uniformization(TOL, formed=True)), "exp", 4096, 4096, ("Uniformization.formed",)
         ),
-        "exp, ScalingSquaring": Row(library(lambda: lib.ScalingSquaring()), "exp", 2048, 2048, ("ScalingSquaring",)),
-        "exp causal, Uniformization": Row(library(lambda: lib.Uniformization(TOL), **causal), "exp, causal"),
+        "exp, ScalingSquaring": Row(library(lambda: la.ScalingSquaring()), "exp", 2048, 2048, ("ScalingSquaring",)),
+        "exp causal, Uniformization": Row(library(lambda: la.Uniformization(TOL), **causal), "exp, causal"),
         "exp causal, CausalSweep": Row(
-            library(lambda: lib.CausalSweep(TOL), **causal), "exp, causal", needs=("CausalSweep",)
+            library(lambda: la.CausalSweep(TOL), **causal), "exp, causal", needs=("CausalSweep",)
         ),
         "first hop + exponential, CausalSweep": Row(
-            library(lambda: lib.CausalSweep(), **exponential), "resolvent", needs=("CausalSweep",)
+            library(lambda: la.CausalSweep(), **exponential), "resolvent", needs=("CausalSweep",)
         ),
         "first hop + exponential, TriangularSolve": Row(
-            library(lambda: lib.TriangularSolve(), **exponential), "resolvent", 4096, 4096
+            library(lambda: la.TriangularSolve(), **exponential), "resolvent", 4096, 4096
         ),
         "exp low rank, closed form": Row(low_rank, "low rank", backward=FAR, needs=low),
-        "exp low rank, causal hops": Row(partial(low_rank, is_causal=True), "low rank, causal", backward=FAR, needs=low),
+        "exp low rank, causal hops": Row(
+            partial(low_rank, is_causal=True), "low rank, causal", backward=FAR, needs=low
+        ),
     }
+
+
+def formed_hops(order: float, **options: Any) -> Run:
+    """Hops on a formed S in one order whatever their number: 0 hop by hop, inf as a polynomial of the matrix first."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with patch.object(uniformization, "HOP_OVER_PRODUCT", order):
+            return la.lie_attention(query, key, value, **options, method=la.Uniformization(formed=True))
+
+    return run
 
 
 def small_rows(time: float) -> dict[str, Row]:
-    """Rows of the part ``small``: every way to the same exp(tQ)V, to the rounding unit; θ = ``time``."""
-    return {
+    """Rows of the part ``small``: every way to the same exp(tQ)V, to the rounding unit, and two to the resolvent; θ = ``time``."""
+    exponential: dict[str, Any] = {"time": time, "clock": la.ExponentialClock()}
+    rows = {
         "torch.matrix_exp": Row(partial(matrix_exp, time=time), "exp"),
-        "MatrixExp": Row(library(lambda: lib.MatrixExp(), time=time), "exp"),
-        "ScalingSquaring": Row(library(lambda: lib.ScalingSquaring(), time=time), "exp", needs=("ScalingSquaring",)),
-        "Uniformization, formed S": Row(
-            library(lambda: lib.Uniformization(formed=True), time=time), "exp", needs=("Uniformization.formed",)
-        ),
-        "Uniformization, SDPA": Row(library(lambda: lib.Uniformization(), time=time), "exp"),
+        "ScalingSquaring": Row(library(lambda: la.ScalingSquaring(), time=time), "exp"),
+        "formed S, hop by hop": Row(formed_hops(0.0, time=time), "exp"),
+        "formed S, polynomial": Row(formed_hops(float("inf"), time=time), "exp"),
+        "Uniformization, SDPA": Row(library(lambda: la.Uniformization(), time=time), "exp"),
         "method=None": Row(library(lambda: None, time=time), "exp"),
+        "resolvent, solve": Row(library(lambda: la.MatrixExp(), **exponential), "resolvent"),
     }
+    if time <= 4:  # the geometric law has a long tail
+        rows["resolvent, formed S"] = Row(library(lambda: la.Uniformization(formed=True), **exponential), "resolvent")
+    return rows
 
 
 def why_not(row: Row, tokens: int, backward: bool, device: str) -> str | None:
@@ -168,4 +184,4 @@ def _exists(name: str) -> bool:
     owner, _, parameter = name.partition(".")
     if hasattr(la, owner):
         return not parameter or parameter in inspect.signature(getattr(la, owner)).parameters
-    return importlib.util.find_spec(owner) is not None
+    return importla.util.find_spec(owner) is not None

@@ -21,7 +21,7 @@ __all__ = ["Automatic"]
 
 _MOST_FORMED = 2**26  # entries of all N×N matrices of a call; 256 MiB in float32
 _MOST_HOPS = 64
-_SOLVE_OVER_HOP = 4.0  # seconds of a solve over those of N/D hops
+SOLVE_OVER_HOP = 1.0  # multiply-adds of N hops of width D that one of a solve is worth, over N²; fitted as well
 
 
 class Automatic(Method):
@@ -93,7 +93,7 @@ class Automatic(Method):
         )
         if formed and not per_row(time) and not (sweepable and self.streams):
             hops = _count(clock, longest, tol)
-            if clock.resolvents is not None and hops * value.size(-1) > _SOLVE_OVER_HOP * generator.num_states:
+            if clock.resolvents is not None and hops * value.size(-1) > SOLVE_OVER_HOP * generator.num_states:
                 return MatrixExp()
             if clock.resolvents is None and hops > _MOST_HOPS:
                 return ScalingSquaring(tol, max_theta=longest)

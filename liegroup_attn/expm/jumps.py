@@ -166,7 +166,7 @@ def _at(onward: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 def extend_jumps(
     query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, plan: Plan, past: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """Jumps of new rows, given the iterates of all rows before them; the plain formula, differentiable.
 
     Args:
@@ -178,17 +178,39 @@ def extend_jumps(
         past: iterates that earlier rows jumped from, (B, P, M·D); None if there are none.
 
     Returns:
-        Jumps of the new rows, and the iterates they were taken from: (B, N, M·D) each.
+        Jumps of the new rows, (B, N, M·D), and the iterates they were taken from, the same in pieces of rows.
     """
-    known = [value.new_zeros(value.size(0), 0, plan.jumps * value.size(-1)) if past is None else past]
-    offset, found = known[0].size(-2), []
+    known = _Known(past)
+    offset, jumps = known.length, []
     for start, stop in _spans(value.size(-2), plan.block_size):
         rows = rows_of(query[:, start:stop], key[:, : offset + stop])
-        seen = rows.before @ (known[0] if len(known) == 1 else torch.cat(known, -2))
-        jumps, kept = run_block(rows, seen, _at(onward, start, stop), value[:, start:stop], plan)
-        known.append(kept)
-        found.append(jumps)
-    return torch.cat(found, -2), torch.cat(known[1:], -2)
+        x = value[:, start:stop]
+        seen = known.seen_by(rows.before, x.new_zeros(*x.shape[:-1], plan.jumps * x.size(-1)))
+        found = run_block(rows, seen, _at(onward, start, stop), x, plan)
+        known.append(found[1])
+        jumps.append(found[0])
+    return torch.cat(jumps, -2), known.pieces
+
+
+class _Known:
+    """Iterates of earlier rows in pieces that double in size: blocks come one by one, and no tensor is written in place
+    (vmap) nor copied more than log₂ times."""
+
+    def __init__(self, past: Tensor | None) -> None:
+        self.past = [] if past is None or not past.size(-2) else [past]
+        self.pieces: list[Tensor] = []
+        self.length = 0 if past is None else past.size(-2)
+
+    def append(self, block: Tensor) -> None:
+        while self.pieces and self.pieces[-1].size(-2) == block.size(-2):
+            block = torch.cat([self.pieces.pop(), block], -2)
+        self.pieces.append(block)
+
+    def seen_by(self, before: Tensor, nothing: Tensor) -> Tensor:
+        """before (B, b, rows known) times all that is known, (B, b, M·D)."""
+        pieces = [*self.past, *self.pieces]
+        parts = before.split([piece.size(-2) for piece in pieces], -1)
+        return sum((part @ piece for part, piece in zip(parts, pieces, strict=True)), nothing)
 
 
 class _CausalJumps(torch.autograd.Function):
@@ -293,17 +315,16 @@ class _CausalJumpsForwardAD(_CausalJumps):
         d_value = torch.zeros_like(value) if d_value is None else d_value
         wide = _jumped_from(value, jumps, onward, plan)
         push = _pushes(wide, jumps, d_onward, width, plan.jumps)
-        moved = value.new_zeros(value.size(0), 0, plan.jumps * width)
-        found = []
+        moved, found = _Known(None), []
         for start, stop in _spans(value.size(-2), plan.block_size):
             rows = rows_of(query[:, start:stop], key[:, :stop])
             d_scores = d_query[:, start:stop] @ key[:, :stop].mT + query[:, start:stop] @ d_key[:, :stop].mT
             weighted = rows.chain * d_scores
             d_chain = weighted - rows.chain * weighted.sum(-1, keepdim=True)
-            seen = rows.before @ moved + d_chain @ wide[:, :stop]
+            seen = moved.seen_by(rows.before, d_chain @ wide[:, :stop])
             block_push = None if push is None else [p[:, start:stop] for p in push]
             tangent, kept = run_block(rows, seen, _at(onward, start, stop), d_value[:, start:stop], plan, block_push)
-            moved = torch.cat([moved, kept], -2)
+            moved.append(kept)
             found.append(tangent)
         return torch.cat(found, -2)
 

@@ -129,7 +129,8 @@ class CausalSweep(HopMethod):
             dtype = past.dtype
             run = self._prepare(jump_rates, value, time, clock, first_hop, value.shape[:-2], dtype)
             query, key, past = (flatten_batch(run.batch, x.to(dtype)) for x in (query, key, past))
-            jumps, kept = extend_jumps(query, key, run.onward, run.value, run.plan, past)
+            jumps, pieces = extend_jumps(query, key, run.onward, run.value, run.plan, past)
+            kept = torch.cat(pieces, -2)
             return run.mix(jumps).to(value.dtype), kept.view(*run.batch, *kept.shape[-2:])
 
     def width(self, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> int:

@@ -13,7 +13,7 @@ from liegroup_attn.generators import Generator
 
 __all__ = ["Uniformization"]
 
-_HOP_OVER_PRODUCT = 1.5  # seconds of a multiply-add in a hop over one in a product of matrices
+HOP_OVER_PRODUCT = 1.5  # seconds of a multiply-add in a hop over one in a product of matrices
 
 
 class Uniformization(HopMethod):
@@ -102,4 +102,4 @@ def matrix_first(hops: int, num_tokens: int, width: int) -> bool:
 
     The result is the same but for rounding. The factor is fitted to experiments/benchmarks/results.
     """
-    return hops > 1 and (products(hops) + 1) * num_tokens < _HOP_OVER_PRODUCT * hops * width
+    return hops > 1 and (products(hops) + 1) * num_tokens < HOP_OVER_PRODUCT * hops * width

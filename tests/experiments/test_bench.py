@@ -3,17 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.benchmarks import bench, parts, summary, targets, values
+from experiments.benchmarks import bench, fit, parts, summary, targets, values
 from experiments.benchmarks.competitors import BASE, Row, attention_rows, small_rows, why_not
 from experiments.benchmarks.measure import Shape, make_call, make_inputs, time_in_turn
 from experiments.benchmarks.report import benchmark_tables, load, report
 from experiments.draw import draw
 from experiments.results import ROOT, write_json
 from experiments.tables import fill_tables
+from liegroup_attn.expm.choice import SOLVE_OVER_HOP
+from liegroup_attn.expm.uniformization import HOP_OVER_PRODUCT
 
 TINY = Shape(values.TOKENS, 2, 8)
 ARGUMENTS = ["--tokens", "16", "32", "--heads", "1", "--width", "8", "--repeats", "2", "--threads", "1"]
@@ -46,9 +49,10 @@ def test_every_row_computes_what_it_says():
 def test_small_rows_are_the_same_to_rounding(time):
     inputs = make_inputs(Shape(24, 3, 8))
     rows = {n: row for n, row in small_rows(time).items() if why_not(row, 24, True, "cpu") is None}
-    expected = rows.pop("torch.matrix_exp").run(*(x.double() for x in inputs))
-    assert rows
+    wide = [x.double() for x in inputs]
+    golden = {"exp": rows["torch.matrix_exp"].run(*wide), "resolvent": rows["resolvent, solve"].run(*wide)}
     for name, row in rows.items():
+        expected = golden[row.computes]
         torch.testing.assert_close(row.run(*inputs).double(), expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -238,3 +242,19 @@ def test_the_command_ends_in_one_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("liegroup-attn: ValueError: parts: expected one of")
     assert "Traceback" not in done.stderr
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "benchmarks" / "results").glob("cpu-*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("question", "factor"), [(fit.HOPS, HOP_OVER_PRODUCT), (fit.SOLVE, SOLVE_OVER_HOP)], ids=["hops", "solve"]
+)
+def test_the_rule_of_choice_is_fitted_to_the_committed_measurements(path, question, factor):
+    """The library's factor costs at most 2 % over the best one, and at most 5 % over knowing the faster method."""
+    cells = json.loads(path.read_text())["cells"]
+    least = fit.regret(cells, question, fit.best_factor(cells, question))
+    assert fit.regret(cells, question, factor) <= min(1.02 * least, 1.05)
+    # a rule that always takes the first costs more: the factor matters
+    assert fit.regret(cells, question, 0.0 if question is fit.HOPS else float("inf")) > 1.05
