@@ -6,13 +6,13 @@ row runs, and ``needs`` says which ones may be absent, so that a row may stand h
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import importla.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -184,4 +184,4 @@ def _exists(name: str) -> bool:
     owner, _, parameter = name.partition(".")
     if hasattr(la, owner):
         return not parameter or parameter in inspect.signature(getattr(la, owner)).parameters
-    return importla.util.find_spec(owner) is not None
+    return importlib.util.find_spec(owner) is not None

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.competitors import TOL, Row, attention_rows, dopri5, lib, library, why_not
+import liegroup_attn as la
+from experiments.benchmarks.competitors import TOL, Row, attention_rows, dopri5, library, why_not
 from experiments.benchmarks.measure import Shape, describe, make_inputs, rotated
 from experiments.flops import count_flops
 
@@ -73,7 +74,7 @@ def find_tolerance(shape: Shape) -> dict[str, Any]:
     """
     query, key, value = rotated(*make_inputs(shape))
     reference = REFERENCES["exp"](*(x.double().cpu().numpy() for x in (query, key, value)))
-    allowed = error(library(lambda: lib.Uniformization(TOL))(query, key, value), reference, value)
+    allowed = error(library(lambda: la.Uniformization(TOL))(query, key, value), reference, value)
     ladder: dict[str, float] = {}
     for tolerance in LADDER:
         ladder[f"{tolerance:g}"] = error(dopri5(query, key, value, tolerance), reference, value)
