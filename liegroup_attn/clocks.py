@@ -112,7 +112,8 @@ class FixedClock(Clock):
 class ErlangClock(Clock):
     """τ is a sum of s independent exponential times: the mixing matrix is (I − tQ/s)^{−s}, hops are negative binomial.
 
-    Between the two others: s = 1 is the exponential clock, s → ∞ the fixed one.
+    Between the two others: s = 1 is the exponential clock, s → ∞ the fixed one. Solves cost s times those of the
+    exponential clock: keep s small.
 
     Args:
         shape: s ≥ 1, an integer.
@@ -168,13 +169,18 @@ class ErlangClock(Clock):
 
     def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
         theta, s = theta.to(torch.float64), self.resolvents
-        k = torch.arange(terms, dtype=torch.float64, device=theta.device)
-        ways = (
-            ((k + s - 1) / k.clamp_min(1)).index_fill(0, k[:1].long(), 1.0).cumprod(0)
-        )  # C(k + s − 1, k), exactly 1 first
-        k, ways = (x.view(-1, *[1] * theta.dim()) for x in (k, ways))
-        onward = theta / (s + theta)
-        return _lump(ways * (1 - onward) ** s * onward**k)
+        if terms == 0:
+            return torch.ones_like(theta).unsqueeze(0)
+        k = torch.arange(1, terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
+        # As for the fixed clock: products at θ = 0, logarithms where factors would overflow or underflow. p_k over
+        # p_{k−1} is γ(k + s − 1)/k.
+        near, far = theta.clamp_max(1.0), theta.clamp_min(1.0)
+        one = torch.ones_like(theta).unsqueeze(0)
+        ratios = torch.cat([one, near / (s + near) * (k + s - 1) / k])
+        small = (s / (s + near)) ** s * ratios.cumprod(0)
+        steps = (far / (s + far)).log() + ((k + s - 1) / k).log()
+        large = torch.exp(s * torch.log(s / (s + far)) + torch.cat([0 * one, steps]).cumsum(0))
+        return _lump(torch.where(theta < 1, small, large))
 
 
 class ExponentialClock(ErlangClock):

@@ -64,8 +64,21 @@ def check_shape(name: str, tensor: Tensor, *, least_rank: int, remedy: str) -> N
 
 
 def values_visible(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that waits for it, and under torch.compile it breaks the graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
+    """Whether values may be looked at: a GPU would have to be waited for, torch.compile breaks its graph, vmap refuses."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return False
+    try:
+        tensor.detach()[(0,) * tensor.dim()].item()
+    except RuntimeError:  # under vmap a tensor stands for many
+        return False
+    return True
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative by this tensor is wanted, in reverse or in forward mode."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def fits(shape: torch.Size, into: torch.Size) -> bool:

@@ -18,6 +18,7 @@ from liegroup_attn.errors import (
     check_scale,
     check_shape,
     check_time,
+    differentiated,
     values_visible,
 )
 from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
@@ -154,7 +155,8 @@ def lie_attention(
             transitively closed, since several allowed hops lead wherever they lead. A row without an allowed
             target keeps its own value (a softmax gives zeros or NaN there).
         dropout_p: probability of dropping an entry of S in each hop, independently (the mean over dropouts is
-            exp(tQ)V); dense methods drop entries of P(t).
+            exp(tQ)V). Dense methods, and sweeps of an exponential or Erlang clock, drop entries of P(t), which then is
+            formed: N³ work and N² memory.
         is_causal: lower-triangular mask; exp keeps it.
         scale: of the scores; default 1/√E.
         enable_gqa: let groups of query heads share a key and value head.
@@ -206,7 +208,7 @@ def lie_attention(
                 "no generator, only first_hop=True with time=0 and rate_fn=None (softmax attention)"
             )
         return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    still = zero and not when.requires_grad  # a time that starts at 0 still has a gradient
+    still = zero and not differentiated(when)  # a time that starts at 0 still has a gradient
     allow_open_mask = allow_open_mask or still  # without hops nothing leaks
     chain = SoftmaxGenerator(
         query,
@@ -224,7 +226,7 @@ def lie_attention(
         return generator.jump(value) if first_hop else value
     if isinstance(how, Automatic):
         if how.longest is None and isinstance(time, numbers.Real) and rate_fn is None:
-            how = Automatic(how.tol, float(time))  # a number is known without a look at any tensor
+            how = Automatic(how.tol, float(time), streams=how.streams)  # a number is known without a look at any tensor
         how = how.choose(generator, value, when, clock)
     if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
         eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)

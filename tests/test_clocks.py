@@ -125,6 +125,20 @@ def test_erlang_counts_the_fewest_hops_at_every_shape(shape, theta, tol):
     assert k == 1 or law.sf(k - 1) > tol / (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("shape", "theta"), [(200, 2500.0), (1000, 300.0), (1000, 600.0), (1000, 1e-3), (3, 5000.0)])
+def test_erlang_weights_neither_overflow_nor_underflow(shape, theta):
+    at, law = (
+        torch.tensor(theta, dtype=torch.float64, requires_grad=True),
+        scipy.stats.nbinom(shape, shape / (shape + theta)),
+    )
+    weights = la.ErlangClock(shape).hop_weights(at, 4000)
+    np.testing.assert_allclose(weights.detach()[:-1], law.pmf(np.arange(4000)), rtol=1e-8, atol=1e-12)
+    (gradient,) = torch.autograd.grad((weights * torch.arange(4001)).sum(), at)
+    assert torch.isfinite(gradient)
+    if law.sf(4000) < 1e-12:
+        assert float(gradient) == pytest.approx(1, rel=1e-6)  # the mean number of hops is θ
+
+
 def test_erlang_lies_between_the_exponential_and_the_fixed_clock():
     theta = torch.tensor(2.0)
     one, many = la.ErlangClock(1).hop_weights(theta, 30), la.ErlangClock(100_000).hop_weights(theta, 30)

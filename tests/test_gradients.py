@@ -110,7 +110,9 @@ def test_second_derivatives_are_right_or_refused(c):
     try:
         _check(_tiny(c), gradgradcheck)
     except RuntimeError as error:
-        if "is not implemented" not in str(error) or not (c.method == "uniformization" or c.first_hop):
+        # torch's fused kernel refuses where it jumps; sweeps and formed hops jump by themselves
+        jumps = c.method == "uniformization" or (c.first_hop and c.method in ("matrix exp", "triangular", "squaring"))
+        if "is not implemented" not in str(error) or not jumps:
             raise
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.errors import ConvergenceError, GeneratorError, differentiated
 from liegroup_attn.generators import Generator
 
 __all__ = ["HopMethod", "Method", "flatten_batch", "mixture", "per_row", "working_dtype"]
@@ -22,6 +22,8 @@ class Method(ABC):
     @abstractmethod
     def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False) -> Tensor:
         """E[exp(τQ)] · value, or S · E[exp(τQ)] · value.
+
+        A generator's dropout acts in hops over attention kernels and in the first hop; other methods drop nothing.
 
         Args:
             generator: Q on N tokens.
@@ -49,7 +51,7 @@ class HopMethod(Method):
         max_terms: K. Alone, it is taken as it is: no look at the time, hence no wait for a GPU and no graph break.
             With ``tol``, the time must allow it.
         recompute: keep no iterate for the backward but compute all anew there: K·N·D numbers less between forward and
-            backward, for one more forward. First derivatives only.
+            backward, for one more forward. Not under ``torch.func``.
 
     Raises:
         GeneratorError: tol outside (0, 1), max_terms < 1.
@@ -81,18 +83,36 @@ class HopMethod(Method):
 
         Raises:
             ConvergenceError: ``tol`` and ``max_terms`` are both given and K hops do not reach ``tol``.
+            GeneratorError: the time is mapped by vmap, and ``max_terms`` is not given alone.
         """
         if self.tol is None and self.max_terms is not None:
             return self.max_terms
         tol = default_tol(dtype) if self.tol is None else self.tol
-        terms = clock.terms(float(theta.detach().max()) if theta.numel() else 0.0, tol)
-        if theta.requires_grad:  # at θ = 0 the value needs no hop, the gradient needs one
+        terms = clock.terms(longest(theta), tol)
+        if differentiated(theta):  # at θ = 0 the value needs no hop, the gradient needs one
             terms = max(terms, 1)
         if self.max_terms is not None and terms > self.max_terms:
             raise ConvergenceError(
                 f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
             )
         return terms
+
+
+def longest(theta: Tensor) -> float:
+    """The largest mean number of hops; waits for a GPU.
+
+    Raises:
+        GeneratorError: under vmap, where one tensor stands for many.
+    """
+    try:
+        return float(theta.detach().max()) if theta.numel() else 0.0
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise GeneratorError(
+            "time: expected one that can be looked at to count hops, got one that vmap maps; fix their number with "
+            "method=Uniformization(max_terms=K) or CausalSweep(max_terms=K), or give several times in front of the batch"
+        ) from None
 
 
 def default_tol(dtype: torch.dtype) -> float:
@@ -108,6 +128,15 @@ def working_dtype(value: Tensor) -> torch.dtype:
 def per_row(time: Tensor) -> bool:
     """Whether the time differs from query row to query row."""
     return time.dim() > 0 and time.size(-1) > 1
+
+
+def hop_matrix(chain: Tensor, onward: Tensor | None) -> Tensor:
+    """P = I + diag(a)(S − I), from what ``Generator.uniformized`` gives: (..., N, N)."""
+    if onward is None:
+        return chain
+    with torch.autocast(chain.device.type, enabled=False):
+        eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
+        return eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
 
 
 def flatten_batch(batch: torch.Size, tensor: Tensor, dims: int = 2) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from liegroup_attn.clocks import Clock
-from liegroup_attn.expm.base import Method, default_tol, per_row
+from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.expm.base import Method, default_tol, longest, per_row
 from liegroup_attn.expm.dense import MatrixExp
 from liegroup_attn.expm.low_rank import LowRank
-from liegroup_attn.expm.squaring import ScalingSquaring
+from liegroup_attn.expm.polynomial import products
+from liegroup_attn.expm.squaring import ScalingSquaring, squaring_plan
 from liegroup_attn.expm.sweep import CausalSweep
 from liegroup_attn.expm.triangular import TriangularSolve
 from liegroup_attn.expm.uniformization import Uniformization, matrix_first
@@ -21,6 +23,7 @@ __all__ = ["Automatic"]
 
 _MOST_FORMED = 2**26  # entries of all N×N matrices of a call; 256 MiB in float32
 _MOST_HOPS = 64
+_EXACT = torch.finfo(torch.float32).eps
 SOLVE_OVER_HOP = 1.0  # multiply-adds of N hops of width D that one of a solve is worth, over N²; fitted as well
 
 
@@ -31,12 +34,14 @@ class Automatic(Method):
       causal generators, else one dense solve (``MatrixExp``) where hops would cost more.
     - Fixed clock: ``CausalSweep`` for causal softmax chains, else hops: on a formed P while all matrices of the call fit
       into 256 MiB, over fused attention kernels beyond, with dropout, and for half precision on a GPU. Past 64 hops
-      ``ScalingSquaring``, while its matrices fit.
+      ``ScalingSquaring``, while its matrices fit; past 1000 whether they fit or not.
+    - Another clock: hops.
     - ``LowRankGenerator``: ``LowRank`` where the closed form holds, else hops.
     - One time per query row: hops.
 
     Hops, however they are ordered, compute one and the same polynomial of P; so the size at which one replaces another
-    does not show in the result. Only solves and squarings are exact where hops leave a tail of ``tol``.
+    does not show in the result. Only solves and squarings are exact where hops leave a tail of ``tol``; at a ``tol`` of the
+    rounding unit nothing shows, and squarings replace hops wherever they take fewer products.
 
     Args:
         tol: largest P(hops > K); default the rounding unit of the input.
@@ -74,30 +79,32 @@ class Automatic(Method):
             The method, its knobs set.
         """
         sweepable = isinstance(generator, SoftmaxGenerator) and generator.is_causal
+        solvable = clock.resolvents is not None and not per_row(time)
+        fixed = isinstance(clock, FixedClock) and not per_row(time)
         if isinstance(generator, LowRankGenerator):
-            closed = not (generator.is_causal or per_row(time) or generator.has_rate_per_token)
+            closed = (solvable or fixed) and not generator.is_causal and not generator.has_rate_per_token
             return LowRank() if closed else Uniformization(**self._hops(clock, value))
-        if clock.resolvents is not None:
-            if generator.is_causal and not per_row(time):
-                return CausalSweep() if sweepable else TriangularSolve()
-            sweepable = False
-        sweepable = sweepable and not generator.dropout_p
-        longest = self.longest
-        if longest is None:
-            theta = time.detach() * generator.rate_bound()
-            longest = float(theta.max()) if theta.numel() else 0.0
+        if solvable and generator.is_causal:
+            return CausalSweep() if sweepable else TriangularSolve()
+        sweepable = sweepable and clock.resolvents is None and not generator.dropout_p
+        hops_at_most = longest(time * generator.rate_bound()) if self.longest is None else self.longest
         tol = default_tol(value.dtype) if self.tol is None else self.tol
-        entries = generator.num_states**2 * torch.broadcast_shapes(generator.batch_shape, value.shape[:-2]).numel()
+        batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2], time.shape[:-1])
         formed = isinstance(generator, DenseGenerator) or (
-            entries <= _MOST_FORMED and not generator.dropout_p and not (value.is_cuda and value.dtype.itemsize < 4)
+            generator.num_states**2 * batch.numel() <= _MOST_FORMED
+            and not generator.dropout_p
+            and not (value.is_cuda and value.dtype.itemsize < 4)
         )
-        if formed and not per_row(time) and not (sweepable and self.streams):
-            hops = _count(clock, longest, tol)
-            if clock.resolvents is not None and hops * value.size(-1) > SOLVE_OVER_HOP * generator.num_states:
+        hops = _count(clock, hops_at_most, tol)
+        too_many = hops == math.inf and not generator.dropout_p  # then form N×N, whatever the size
+        if (formed or too_many) and not (sweepable and self.streams):
+            if solvable and hops * value.size(-1) > SOLVE_OVER_HOP * generator.num_states:
                 return MatrixExp()
-            if clock.resolvents is None and hops > _MOST_HOPS:
-                return ScalingSquaring(tol, max_theta=longest)
-            sweepable = sweepable and not matrix_first(int(hops), *value.shape[-2:])
+            if fixed and (hops > _MOST_HOPS or matrix_first(int(hops), *value.shape[-2:])):
+                # Squarings are exact, so below the rounding unit they may replace hops unseen.
+                if hops > _MOST_HOPS or (tol <= _EXACT and _squaring_cost(hops_at_most, tol) < products(int(hops))):
+                    return ScalingSquaring(tol, max_theta=hops_at_most)
+                sweepable = False
         knobs = self._hops(clock, value)
         return CausalSweep(**knobs) if sweepable else Uniformization(**knobs, formed=formed)
 
@@ -110,5 +117,10 @@ class Automatic(Method):
         }
 
 
+def _squaring_cost(theta: float, tol: float) -> int:
+    degree, squarings = squaring_plan(theta, tol)
+    return products(degree) + squarings
+
+
 def _count(clock: Clock, longest: float, tol: float) -> float:
-    return float(clock.terms(longest, tol)) if longest < 1000 else float("inf")
+    return float(clock.terms(longest, tol)) if longest < 1000 else math.inf

@@ -84,7 +84,4 @@ def _matrix_exp(flow: Tensor) -> Tensor:
 
 def _resolvent(flow: Tensor, power: int) -> Tensor:
     eye = torch.eye(flow.size(-1), dtype=flow.dtype, device=flow.device)
-    found = eye.expand_as(flow)
-    for _ in range(power):
-        found = torch.linalg.solve(eye - flow.mT, found)
-    return found.mT
+    return torch.linalg.matrix_power(torch.linalg.solve(eye - flow.mT, eye.expand_as(flow)), power).mT

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import Method, per_row, working_dtype
+from liegroup_attn.expm.base import Method, longest, per_row, working_dtype
 from liegroup_attn.generators import Generator, LowRankGenerator
 
 __all__ = ["LowRank"]
@@ -114,8 +114,8 @@ def _mixing(chain: Tensor, theta: Tensor, clock: Clock) -> tuple[Tensor, Tensor,
 
 def _fixed(chain: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A = ∫₀^θ e^{−(θ−s)} e^{s(M−I)} ds = e^{−θ} θ φ₁(θM) and B = ∫₀^θ e^{s(M−I)} ds: a Poisson sum, then doublings."""
-    longest = float(theta.detach().max()) if theta.numel() else 0.0
-    doublings = max(0, math.ceil(math.log2(longest))) if longest > 0 else 0
+    most = longest(theta)
+    doublings = max(0, math.ceil(math.log2(most))) if most > 0 else 0
     weights = FixedClock().hop_weights(theta / 2**doublings, _TERMS)  # (K + 1, ..., 1, 1)
     beyond = weights.flip(0).cumsum(0).flip(0)  # P(hops ≥ k)
     powers = [torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device).expand_as(chain)]

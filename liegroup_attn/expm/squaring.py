@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from liegroup_attn.clocks import Clock
+from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import HopMethod, per_row, working_dtype
+from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, per_row, working_dtype
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 
@@ -54,23 +54,19 @@ class ScalingSquaring(HopMethod):
 
     def matrix(self, generator: Generator, time: Tensor, clock: Clock) -> Tensor:
         """exp(tQ), (..., N, N), float32 or float64; arguments and errors as in ``act``."""
-        if clock.resolvents is not None:
-            raise GeneratorError(f"clock: expected FixedClock() for ScalingSquaring, got {clock!r}; use MatrixExp()")
+        if not isinstance(clock, FixedClock):  # only exp(tQ) is the square of exp(tQ/2)
+            raise GeneratorError(
+                f"clock: expected FixedClock() for ScalingSquaring, got {clock!r}; use Uniformization()"
+            )
         if per_row(time):
             raise ShapeError(
                 f"time: expected one time per head, (..., 1), for ScalingSquaring, got {tuple(time.shape)}; use Uniformization()"
             )
         theta = time * generator.rate_bound()
-        chain, onward = generator.uniformized()
+        chain = hop_matrix(*generator.uniformized())
         with torch.autocast(chain.device.type, enabled=False):
-            eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
-            if onward is not None:
-                chain = eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
-            longest = self.max_theta
-            if longest is None:
-                longest = float(theta.detach().max()) if theta.numel() else 0.0
             tol = torch.finfo(chain.dtype).eps if self.tol is None else self.tol
-            degree, squarings = squaring_plan(longest, tol)
+            degree, squarings = squaring_plan(longest(theta) if self.max_theta is None else self.max_theta, tol)
             mixing = matrix_polynomial(clock.hop_weights(theta / 2**squarings, degree).to(chain.device), chain)
             for _ in range(squarings):
                 mixing = mixing @ mixing
@@ -89,11 +85,18 @@ def squaring_plan(theta: float, tol: float) -> tuple[int, int]:
     Returns:
         ``(degree, squarings)``.
 
+    Raises:
+        GeneratorError: θ is not finite.
+
     Example:
         >>> squaring_plan(16.0, 1e-7)
         (11, 4)
     """
-    best: tuple[int, int, int] | None = None
+    if not math.isfinite(theta):
+        raise GeneratorError(
+            f"time: expected a finite mean number of hops, got {theta:g}; check the time and the rates"
+        )
+    best = (math.inf, 0, 0)
     first = max(0, math.ceil(math.log2(max(theta, 1e-300))) - 2)
     for squarings in range(first, first + 12):
         part = theta / 2**squarings
@@ -103,9 +106,7 @@ def squaring_plan(theta: float, tol: float) -> tuple[int, int]:
             log_tail = log_term - math.log1p(-min(part / (degree + 2), 0.9))
             if log_tail + squarings * math.log(2) <= math.log(tol):
                 cost = products(degree) + squarings
-                if best is None or cost < best[0]:
+                if cost < best[0]:
                     best = (cost, degree, squarings)
                 break
-    if best is None:
-        raise GeneratorError(f"time: expected a finite mean number of hops, got {theta:g}; check the time")
     return best[1], best[2]

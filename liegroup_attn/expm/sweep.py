@@ -10,7 +10,8 @@ from torch import Tensor
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
-from liegroup_attn.expm.jumps import Plan, causal_jumps, extend_jumps, iterates
+from liegroup_attn.expm.causal import causal_jumps, extend_jumps
+from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.kernels import kernels_available
 from liegroup_attn.generators import Generator, SoftmaxGenerator
 
@@ -82,18 +83,24 @@ class CausalSweep(HopMethod):
             dtype = torch.promote_types(working_dtype(value), working_dtype(generator.query))
             batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
             run = self._prepare(generator.jump_rates, value, time, clock, first_hop, batch, dtype)
-            query = flatten_batch(run.batch, generator.scale * generator.query.to(dtype))
-            key = flatten_batch(run.batch, generator.key.to(dtype))
-            if not run.plan.jumps:  # time 0, and no gradient of it
+            query, key = (flatten_batch(run.batch, x) for x in (generator.query, generator.key))
+            if not run.plan.jumps:  # time 0, and no derivative by it
                 jumps = run.value[..., :0]
             elif self.kernels:
                 from liegroup_attn.expm.kernels.jumps import causal_jumps_triton
 
                 jumps = causal_jumps_triton(
-                    query, key, run.onward, run.value, stages=run.plan.jumps, implicit=run.plan.implicit, scale=1.0
+                    query,
+                    key,
+                    run.onward,
+                    run.value,
+                    stages=run.plan.jumps,
+                    implicit=run.plan.implicit,
+                    scale=generator.scale,
                 )
             else:
-                jumps = causal_jumps(query, key, run.onward, run.value, run.plan)
+                scaled = generator.scale * query.to(dtype)
+                jumps = causal_jumps(scaled, key.to(dtype), run.onward, run.value, run.plan)
             mixed = run.mix(jumps)
             mixed = generator.jump(mixed) if run.jump_after else mixed
         return mixed.to(value.dtype)
@@ -113,7 +120,7 @@ class CausalSweep(HopMethod):
         """Mix new tokens with all before them, given what earlier calls kept: exact, one row of scores a token.
 
         Args:
-            query: (..., N, E), of the new tokens, scaled.
+            query: (..., N, E), of the new tokens; scores are scaled by 1/√E.
             key: (..., P + N, E), of all tokens.
             value: (..., N, D), of the new tokens.
             past: iterates of the earlier tokens, (..., P, M·D).
@@ -129,15 +136,10 @@ class CausalSweep(HopMethod):
             dtype = past.dtype
             run = self._prepare(jump_rates, value, time, clock, first_hop, value.shape[:-2], dtype)
             query, key, past = (flatten_batch(run.batch, x.to(dtype)) for x in (query, key, past))
+            query = query.size(-1) ** -0.5 * query
             jumps, pieces = extend_jumps(query, key, run.onward, run.value, run.plan, past)
             kept = torch.cat(pieces, -2)
             return run.mix(jumps).to(value.dtype), kept.view(*run.batch, *kept.shape[-2:])
-
-    def width(self, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> int:
-        """M·D: how many numbers ``extend`` keeps of a token."""
-        return self._prepare(
-            None, value, time, clock, first_hop, value.shape[:-2], value.dtype
-        ).plan.jumps * value.size(-1)
 
     def _prepare(
         self,
@@ -180,10 +182,7 @@ class _Run(NamedTuple):
     def mix(self, jumps: Tensor) -> Tensor:
         """(B, N, M·D) → (..., N, D)."""
         shape = (*self.batch, *self.value.shape[-2:])
-        if self.joint:
-            terms = list(jumps.split(self.value.size(-1), -1))
-        else:
-            terms = iterates(self.value, jumps, self.onward, self.plan)
+        terms = columns(jumps, self.plan.jumps) if self.joint else iterates(self.value, jumps, self.onward, self.plan)
         if self.weights is None:
             return terms[-1].reshape(shape)
         return mixture(self.weights, [term.reshape(shape) for term in terms])

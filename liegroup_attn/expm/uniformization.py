@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
-from liegroup_attn.expm.jumps import Plan, formed_jumps, iterates
+from liegroup_attn.errors import fits
+from liegroup_attn.expm.base import HopMethod, flatten_batch, hop_matrix, mixture, per_row, working_dtype
+from liegroup_attn.expm.formed import formed_jumps
+from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 
@@ -69,32 +71,37 @@ class Uniformization(HopMethod):
 
 def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_hop: bool) -> Tensor:
     chain, onward = generator.uniformized()
+    at_hand = generator.jumps_on_uniformized  # S itself is formed
     with torch.autocast(value.device.type, enabled=False):
         batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2])
-        dtype = torch.promote_types(chain.dtype, value.dtype)
-        flat = flatten_batch(batch, value.to(dtype))
-        a = (
-            None
-            if onward is None
-            else flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], chain.size(-1)), 1)
-        )
-        shape = (*batch, *value.shape[-2:])
-        few = weights.shape[1:-1].numel() <= batch.numel() and not per_row(weights[0])  # one p a matrix
-        if few and matrix_first(len(weights) - 1, *value.shape[-2:]):
-            if onward is not None:
-                eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
-                chain = eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
-            mixed = matrix_polynomial(weights.to(chain.device), chain.to(dtype)) @ value.to(dtype)
-            return generator.jump(mixed) if first_hop else mixed
-        # S Σ p_k X_k = Σ p_k J_k: the first hop is one jump more from each iterate (one p for all rows, S at hand).
-        joint = first_hop and generator.jumps_on_uniformized and not per_row(weights[0])
-        plan = Plan(len(weights) - 1 + joint, implicit=False)
-        terms = [flat]
-        if plan.jumps:
-            jumps = formed_jumps(flatten_batch(batch, chain.to(dtype)), a, flat, plan)
-            terms = list(jumps.split(value.size(-1), -1)) if joint else iterates(flat, jumps, a, plan)
-        mixed = mixture(weights, [term.reshape(shape) for term in terms])
-    return generator.jump(mixed) if first_hop and not joint else mixed
+        chain = chain.to(torch.promote_types(chain.dtype, value.dtype))
+        wide = value.to(chain.dtype)
+        one_a_matrix = fits(weights.shape[1:-1], chain.shape[:-2]) and not per_row(weights[0])
+        # S Σ p_k X_k = Σ p_k J_k: the first hop is one jump more from each iterate, if one p serves all rows.
+        joint = first_hop and at_hand and not per_row(weights[0])
+        if one_a_matrix and matrix_first(len(weights) - 1, *value.shape[-2:]):
+            joint = False
+            mixed = matrix_polynomial(weights.to(chain.device), hop_matrix(chain, onward)) @ wide
+        else:
+            mixed = mixture(weights, _terms(chain, onward, wide, len(weights) - 1, joint, batch))
+        if first_hop and at_hand and not joint:
+            mixed = chain @ mixed
+    return generator.jump(mixed) if first_hop and not at_hand else mixed
+
+
+def _terms(
+    chain: Tensor, onward: Tensor | None, value: Tensor, hops: int, joint: bool, batch: torch.Size
+) -> list[Tensor]:
+    """Iterates X_0 … X_K, or with ``joint`` the jumps J_0 … J_K from them; (..., N, D) each."""
+    shape, plan = (*batch, *value.shape[-2:]), Plan(hops + joint, implicit=False)
+    flat = flatten_batch(batch, value)
+    if not plan.jumps:
+        return [flat.view(shape)]
+    if onward is not None:
+        onward = flatten_batch(batch, onward.to(chain.dtype).expand(*onward.shape[:-1], chain.size(-1)), 1)
+    jumps = formed_jumps(flatten_batch(batch, chain), onward, flat, plan)
+    terms = columns(jumps, plan.jumps) if joint else iterates(flat, jumps, onward, plan)
+    return [term.reshape(shape) for term in terms]
 
 
 def matrix_first(hops: int, num_tokens: int, width: int) -> bool:

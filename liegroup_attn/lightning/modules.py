@@ -53,7 +53,7 @@ class _Trained(L.LightningModule):
 
 def _law(recipe: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
-    hop, clock = bool(recipe.get("first_hop")), recipe.get("clock") or "FixedClock"
+    hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
     positions = recipe["num_heads"], recipe["rotary_layout"], recipe["rotary_base"]
     return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *positions

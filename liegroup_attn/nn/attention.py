@@ -100,8 +100,8 @@ class SelfAttention(nn.Module, ABC):
         """
 
     @abstractmethod
-    def cached_values(self) -> tuple[int, int, torch.dtype | None]:
-        """What a cache keeps of a token beside its key: heads, width, and dtype (None: that of the keys)."""
+    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:
+        """What a cache keeps of a token beside its key of some dtype: heads, width and dtype."""
 
     def cache_settings(self) -> tuple[object, ...]:
         """What cached values depend on besides the tokens."""
@@ -137,9 +137,9 @@ class SelfAttention(nn.Module, ABC):
             raise CacheError(f"cache: expected batch_size, max_tokens ≥ 1, got {batch_size}, {max_tokens}; make room")
         weight = self.k_proj.weight
         dtype, device = weight.dtype if dtype is None else dtype, weight.device if device is None else device
-        heads, width, kept = self.cached_values()
+        heads, width, kept = self.cached_values(dtype)
         keys = torch.zeros(batch_size, self.num_kv_heads, max_tokens, self.head_width, dtype=dtype, device=device)
-        values = torch.zeros(batch_size, heads, max_tokens, width, dtype=kept or dtype, device=device)
+        values = torch.zeros(batch_size, heads, max_tokens, width, dtype=kept, device=device)
         return AttentionCache(self, keys, values, self.cache_settings())
 
     def forward(
@@ -230,8 +230,8 @@ class SoftmaxAttention(SelfAttention):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
-    def cached_values(self) -> tuple[int, int, torch.dtype | None]:  # noqa: D102
-        return self.num_kv_heads, self.head_width, None
+    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
+        return self.num_kv_heads, self.head_width, dtype
 
     def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
         past, new = cache.length, query.size(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -26,10 +27,17 @@ class AttentionCache:
         settings: what the kept values depend on besides the tokens.
     """
 
-    def __init__(self, layer: nn.Module, keys: Tensor, values: Tensor, settings: tuple[object, ...] = ()) -> None:
-        self._layer = weakref.ref(layer)
+    def __init__(
+        self, layer: nn.Module | None, keys: Tensor, values: Tensor, settings: tuple[object, ...] = ()
+    ) -> None:
+        self._layer = (lambda: None) if layer is None else weakref.ref(layer)
         self.keys, self.values, self.settings = keys, values, settings
         self.length = 0
+
+    def __copy__(self) -> AttentionCache:
+        twin = AttentionCache(self._layer(), self.keys.clone(), self.values.clone(), self.settings)
+        twin.length = self.length
+        return twin
 
     @property
     def max_tokens(self) -> int:
@@ -66,7 +74,7 @@ class AttentionCache:
                 f"cache: expected the settings it was made with {self.settings}, got {settings}; fill a new one after "
                 "scale_time or a change of tol"
             )
-        if torch.is_grad_enabled() and keys.requires_grad:
+        if torch.is_grad_enabled() and (keys.requires_grad or any(p.requires_grad for p in layer.parameters())):
             raise CacheError("cache: expected no gradient, got one; decode under torch.no_grad()")
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -102,10 +110,16 @@ class AttentionCache:
 
 
 class TransformerCache:
-    """The caches of a Transformer's layers; made by its ``new_cache``. Methods as in ``AttentionCache``."""
+    """The caches of a Transformer's layers; made by its ``new_cache``. Methods as in ``AttentionCache``.
+
+    ``copy.copy`` gives one that shares nothing with it, as of an ``AttentionCache``.
+    """
 
     def __init__(self, layers: list[AttentionCache]) -> None:
         self.layers = layers
+
+    def __copy__(self) -> TransformerCache:
+        return TransformerCache([copy.copy(layer) for layer in self.layers])
 
     def __iter__(self) -> Iterator[AttentionCache]:
         return iter(self.layers)
@@ -115,8 +129,17 @@ class TransformerCache:
 
     @property
     def length(self) -> int:
-        """Tokens kept."""
-        return min((layer.length for layer in self.layers), default=0)
+        """Tokens kept.
+
+        Raises:
+            CacheError: the layers keep different numbers of tokens.
+        """
+        lengths = {layer.length for layer in self.layers}
+        if len(lengths) > 1:
+            raise CacheError(
+                f"cache: expected one length in all layers, got {sorted(lengths)}; crop them, or fill a new one"
+            )
+        return lengths.pop() if lengths else 0
 
     @property
     def max_tokens(self) -> int:

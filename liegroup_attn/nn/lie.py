@@ -185,14 +185,13 @@ class LieAttention(SelfAttention):
             allow_open_mask=self.allow_open_mask,
         )
 
-    def cached_values(self) -> tuple[int, int, torch.dtype | None]:  # noqa: D102
-        kept = (
-            torch.float64 if self.k_proj.weight.dtype == torch.float64 else torch.float32
-        )  # half would round each hop
+    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
+        kept = torch.float64 if dtype == torch.float64 else torch.float32  # half precision would round each hop
         clock = self.clock or FixedClock()
         jumps = clock.resolvents
         if jumps is None:
-            jumps = self._sweep().count_hops(self.flow_time(), self.k_proj.weight.dtype, clock) + self.first_hop
+            # Once and for all, whatever the time becomes: one hop at least, so that there is something to keep.
+            jumps = max(1, self._sweep().count_hops(self.flow_time(), dtype, clock)) + self.first_hop
         return self.num_heads, jumps * self.head_width, kept
 
     def cache_settings(self) -> tuple[object, ...]:  # noqa: D102
@@ -203,8 +202,9 @@ class LieAttention(SelfAttention):
         stop = past + key.size(-2)
         cache.keys[:, :, past:stop] = key
         keys = cache.keys[:, :, :stop]
-        mixed, kept = self._sweep().extend(
-            query * query.size(-1) ** -0.5,
+        hops = cache.values.size(-1) // self.head_width - self.first_hop
+        mixed, kept = CausalSweep(max_terms=max(1, hops)).extend(
+            query,
             keys.repeat_interleave(group, 1) if group > 1 else keys,
             value.repeat_interleave(group, 1) if group > 1 else value,
             cache.values[:, :, :past],

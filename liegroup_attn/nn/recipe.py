@@ -18,7 +18,7 @@ _MODULES = {"SoftmaxAttention": SoftmaxAttention, "LieAttention": LieAttention}
 class AttentionRecipe(TypedDict, total=False):
     """What to build: the module's name and its own arguments; names are those of the library's classes.
 
-    Everything but ``module`` belongs to ``LieAttention``; see there.
+    Everything but ``module`` belongs to ``LieAttention``; see there. ``clock_shape`` is the s of ``ErlangClock``.
     """
 
     module: Literal["SoftmaxAttention", "LieAttention"]
@@ -28,7 +28,8 @@ class AttentionRecipe(TypedDict, total=False):
     learn_rates: bool
     rate: float
     first_hop: bool
-    clock: Literal["FixedClock", "ExponentialClock"]
+    clock: Literal["FixedClock", "ExponentialClock", "ErlangClock"]
+    clock_shape: int
     rate_fn: Literal["exponential", "softplus", "squared_relu"]
     tol: float
     allow_open_mask: bool
@@ -70,8 +71,14 @@ def build_attention(
         names = get_args(get_type_hints(AttentionRecipe)[key])
         if key in given and given[key] not in names:
             raise ValueError(f"attention.{key}: expected one of {sorted(names)}, got {given[key]!r}; name one of them")
+    shape, erlang = given.pop("clock_shape", None), given.get("clock") == "ErlangClock"
+    if erlang != (shape is not None):
+        raise ValueError(
+            f"attention.clock_shape: expected it with ErlangClock and only there, got clock={given.get('clock')}, "
+            f"clock_shape={shape}; set both or neither"
+        )
     if "clock" in given:
-        given["clock"] = getattr(liegroup_attn, given["clock"])()
+        given["clock"] = getattr(liegroup_attn, given["clock"])(*([shape] if erlang else []))
     if "rate_fn" in given:
         given["rate_fn"] = getattr(liegroup_attn, given["rate_fn"])
     return _MODULES[name](embed_dim, num_heads, **given, **options)

@@ -132,8 +132,14 @@ class Transformer(nn.Module):
         """
         if cache is not None and len(cache) != len(self.blocks):
             raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
-        for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            x = block(x, attn_mask, positions, kept)
+        start = 0 if cache is None else cache.length
+        try:
+            for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+                x = block(x, attn_mask, positions, kept)
+        except BaseException:
+            for kept in cache or []:  # a call that ends half-way keeps nothing
+                kept.crop(start)
+            raise
         return self.norm(x)
 
     @torch.no_grad()

@@ -172,6 +172,7 @@ class Choice(NamedTuple):
     dense: bool = False
     formed: bool = False  # of Uniformization
     streams: bool = False
+    tol: float | None = None
 
 
 EXP, ERLANG = la.ExponentialClock(), la.ErlangClock(3)
@@ -180,6 +181,8 @@ CHOICES = {
     "large N": Choice(HOPS, shape=(1, 2, 8192, 1)),
     "causal": Choice(la.CausalSweep, causal=True),
     "causal, large N": Choice(la.CausalSweep, causal=True, shape=(1, 2, 8192, 1)),
+    "small N, hops to the rounding unit": Choice(la.ScalingSquaring, time=8.0, shape=(1, 2, 24, 16)),
+    "small N, hops to a tolerance": Choice(HOPS, time=8.0, shape=(1, 2, 24, 16), formed=True, tol=1e-3),
     "small N, many hops": Choice(la.ScalingSquaring, time=40.0, shape=(1, 2, 24, 16)),
     "small N, many hops, causal": Choice(la.ScalingSquaring, time=40.0, shape=(1, 2, 24, 16), causal=True),
     "causal layer, many hops": Choice(la.CausalSweep, time=40.0, shape=(1, 2, 24, 16), causal=True, streams=True),
@@ -207,7 +210,7 @@ def _choose(row, **changes):
         generator = la.DenseGenerator.from_rates(generator.jump_chain())
         generator.is_causal = row.causal
     time = torch.full((n,), row.time) if row.rows else torch.tensor(row.time)
-    return Automatic(streams=row.streams).choose(generator, value, time, row.clock or la.FixedClock())
+    return Automatic(row.tol, streams=row.streams).choose(generator, value, time, row.clock or la.FixedClock())
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -20,6 +20,7 @@ SETTINGS = [
     ("first_hop", True, lambda m: m.first_hop),
     ("clock", "FixedClock", lambda m: isinstance(m.clock, la.clocks.FixedClock)),
     ("clock", "ExponentialClock", lambda m: isinstance(m.clock, la.ExponentialClock)),
+    ("clock_shape", 3, lambda m: m.clock.resolvents == 3),
     ("rate_fn", "exponential", lambda m: m.rate_fn is la.rates.exponential),
     ("rate_fn", "softplus", lambda m: m.rate_fn is la.rates.softplus),
     ("rate_fn", "squared_relu", lambda m: m.rate_fn is la.rates.squared_relu),
@@ -30,7 +31,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("key", "value", "holds"), SETTINGS)
 def test_settings_arrive(key, value, holds):
-    recipe = {**LIE, key: value}
+    recipe = {**LIE, key: value} | ({"clock": "ErlangClock"} if key == "clock_shape" else {})
     given = copy.deepcopy(recipe)
     assert holds(build_attention(recipe, 8, 2))
     assert recipe == given  # the caller's dictionary goes into the checkpoint
@@ -73,6 +74,11 @@ BAD = [
         ({**LIE, "rate_fn": name}, rf"attention.rate_fn: expected one of \[.*'softplus'.*\], got '{name}'; name one")
         for name in ("relu", "lie_attention", "exp")
     ),
+    (
+        {**LIE, "clock": "ErlangClock"},
+        r"attention.clock_shape: expected it with ErlangClock .*, clock_shape=None; set both",
+    ),
+    ({**LIE, "clock_shape": 2}, r"attention.clock_shape: .* got clock=None, clock_shape=2; set both or neither"),
     ({**LIE, "time": -1.0}, r"time: expected 0 < time < max_time < inf, got time=-1.0"),
 ]
 
