@@ -32,9 +32,9 @@ def iterates(value: Tensor, jumps: Tensor, onward: Tensor | None, plan: Plan) ->
 
 
 def columns(wide: Tensor, count: int) -> list[Tensor]:
-    """(B, N, M·D) → M of (B, N, D)."""
+    """(B, N, M·D) → M of (B, N, D); a split, since each of M slices would have a gradient of the whole width."""
     width = wide.size(-1) // max(count, 1)
-    return [wide[..., m * width : (m + 1) * width] for m in range(count)]
+    return list(wide.split(width, -1)) if count and width else [wide] * count
 
 
 def step(x: Tensor, jump: Tensor, onward: Tensor | None, implicit: bool) -> Tensor:
