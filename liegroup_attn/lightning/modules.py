@@ -82,6 +82,7 @@ class LanguageModel(_Trained):
     (nats), perplexity and bits per byte.
 
     Example:
+        >>> import torch
         >>> model = LanguageModel({"module": "LieAttention"}, width=16, depth=1, num_heads=2)
         >>> model(torch.zeros(1, 5, dtype=torch.long)).shape
         torch.Size([1, 5, 256])
@@ -188,6 +189,7 @@ class TokenClassifier(_Trained):
     validation; accuracy and accuracy by depth for each test set, the first named ``test``, the second ``deeper``.
 
     Example:
+        >>> import torch
         >>> model = TokenClassifier({"module": "LieAttention"}, vocab_size=10, width=16, num_heads=2)
         >>> model(torch.zeros(1, 5, 2, dtype=torch.long)).shape
         torch.Size([1, 5, 10])
