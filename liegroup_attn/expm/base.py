@@ -139,6 +139,14 @@ def hop_matrix(chain: Tensor, onward: Tensor | None) -> Tensor:
         return eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
 
 
+def mix_by(mixing: Tensor, generator: Generator, value: Tensor, first_hop: bool) -> Tensor:
+    """What a method with a mixing matrix (..., N, N) at hand makes of values, in their dtype; the generator jumps first."""
+    with torch.autocast(value.device.type, enabled=False):
+        dtype = torch.promote_types(mixing.dtype, working_dtype(value))
+        mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
+    return generator.jump(mixed) if first_hop else mixed
+
+
 def flatten_batch(batch: torch.Size, tensor: Tensor, dims: int = 2) -> Tensor:
     """(..., *last dims) → (B, *last dims), expanded to ``batch`` first."""
     return tensor.expand(*batch, *tensor.shape[-dims:]).reshape(batch.numel(), *tensor.shape[-dims:])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError
-from liegroup_attn.expm.base import Method, working_dtype
+from liegroup_attn.expm.base import Method, mix_by
 from liegroup_attn.generators import Generator
 
 __all__ = ["MatrixExp"]
@@ -33,11 +33,7 @@ class MatrixExp(Method):
     def act(  # noqa: D102
         self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
     ) -> Tensor:
-        mixing = self.matrix(generator, time, clock)
-        with torch.autocast(value.device.type, enabled=False):
-            dtype = torch.promote_types(mixing.dtype, working_dtype(value))
-            mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
-        return generator.jump(mixed) if first_hop else mixed
+        return mix_by(self.matrix(generator, time, clock), generator, value, first_hop)
 
     def matrix(self, generator: Generator, time: Tensor, clock: Clock) -> Tensor:
         """E[exp(τQ)] as a matrix: entries ≥ 0, rows sum to 1.

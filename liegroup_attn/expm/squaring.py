@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, per_row, working_dtype
+from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, mix_by, per_row
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 
@@ -46,11 +46,7 @@ class ScalingSquaring(HopMethod):
         self.max_theta = max_theta
 
     def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
-        mixing = self.matrix(generator, time, clock)
-        with torch.autocast(value.device.type, enabled=False):
-            dtype = torch.promote_types(mixing.dtype, working_dtype(value))
-            mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
-        return generator.jump(mixed) if first_hop else mixed
+        return mix_by(self.matrix(generator, time, clock), generator, value, first_hop)
 
     def matrix(self, generator: Generator, time: Tensor, clock: Clock) -> Tensor:
         """exp(tQ), (..., N, N), float32 or float64; arguments and errors as in ``act``."""

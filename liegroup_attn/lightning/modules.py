@@ -154,14 +154,7 @@ class LanguageModel(_Trained):
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
         """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``."""
-        was_training = self.training
-        self.eval()
-        try:
-            return self.transformer.generate(
-                tokens, max_new_tokens, embedding=self.embedding, head=self.head, **sampling
-            )
-        finally:
-            self.train(was_training)
+        return self.transformer.generate(tokens, max_new_tokens, embedding=self.embedding, head=self.head, **sampling)
 
 
 class TokenClassifier(_Trained):
