@@ -226,11 +226,7 @@ def lie_attention(
         dropout_p=dropout_p,
         allow_open_mask=allow_open_mask,
     )
-    generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
-    if head_weights is not None:
-        generator = _over_heads(generator, head_weights)
-    if plus is not None:
-        generator = generator + _masked_as(chain, plus)
+    generator = joined_generator(chain, rate_fn, head_weights, plus)
     if still:
         value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
         return generator.jump(value) if first_hop else value
@@ -244,6 +240,19 @@ def lie_attention(
         value = F.dropout(mixing, dropout_p) @ value
         return generator.jump(value) if first_hop else value
     return how.act(generator, value, when, clock, first_hop)
+
+
+def joined_generator(
+    chain: SoftmaxGenerator,
+    rate_fn: Callable[[Tensor], Tensor] | None = None,
+    head_weights: Tensor | None = None,
+    plus: Generator | None = None,
+) -> Generator:
+    """The generator along which ``lie_attention`` flows; arguments and errors as there."""
+    generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
+    if head_weights is not None:
+        generator = _over_heads(generator, head_weights)
+    return generator if plus is None else generator + _masked_as(chain, plus)
 
 
 def _over_heads(generator: Generator, weights: Tensor) -> HeadMixture:
