@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import geoopt
 import torch
 from torch import Tensor, nn
 
@@ -125,7 +124,7 @@ class RateMatrix(LearnedGenerator):
         num_heads: int,
         num_tokens: int,
         *,
-        manifold: geoopt.Manifold | None = None,
+        manifold: RateMatrices | None = None,
         is_causal: bool = False,
         rate: float = 1.0,
         allow_open_support: bool = False,
@@ -158,7 +157,7 @@ class RateMatrix(LearnedGenerator):
         return generator
 
 
-def _check_support(manifold: geoopt.Manifold, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
+def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
     if getattr(manifold, "n", None) != num_tokens:
         raise ShapeError(
             f"manifold: expected one of rate matrices on {num_tokens} states, got {manifold}; give e.g. RateMatrices({num_tokens})"

@@ -15,7 +15,7 @@ from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
 from liegroup_attn.functional import expm_multiply, joined_generator, lie_attention
 from liegroup_attn.generators import Generator, SoftmaxGenerator
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, StochasticMatrices, hold
+from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
@@ -101,7 +101,7 @@ class LieAttention(SelfAttention):
         self.allow_open_mask = allow_open_mask
         start = torch.full((num_heads, 1), float(time))
         if learn_time:
-            self.time = ManifoldParameter(start, manifold=OpenInterval(max_time))
+            self.time = hold(self, "time", start, OpenInterval(max_time))
         else:
             self.register_buffer("time", start)
         if learn_rates:
@@ -176,7 +176,7 @@ class LieAttention(SelfAttention):
         return joined_generator(chain, None, self.head_weights, plus)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        time, learned = state_dict.get(f"{prefix}time"), isinstance(self.time, ManifoldParameter)
+        time = state_dict.get(f"{prefix}time")
         if time is not None and not time.is_meta and not bool(((time >= 0) & (time <= self.max_time)).all()):
             args[-1].append(
                 f"{prefix}time: expected values in (0, max_time={self.max_time:g}), got up to {float(time.max()):g}; "
@@ -184,11 +184,6 @@ class LieAttention(SelfAttention):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if learned and not isinstance(self.time, ManifoldParameter):  # assign=True put a plain parameter here
-            self.time = ManifoldParameter(self.time.detach(), manifold=OpenInterval(self.max_time))
-        if learned and not self.time.is_meta:
-            with torch.no_grad():
-                self.time.proj_()
 
     def flow_time(self) -> Tensor:
         """t per head as used, (H, 1): learned time × ``time_scale``."""
