@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import lightning as L
@@ -13,7 +16,7 @@ from liegroup_attn.lightning.optim import build_optimizer, warmup_cosine
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
-__all__ = ["TEST_SETS", "LanguageModel", "TokenClassifier"]
+__all__ = ["TEST_SETS", "LanguageModel", "SetClassifier", "TokenClassifier"]
 
 TEST_SETS = ("test", "deeper")
 
@@ -56,7 +59,8 @@ def _law(recipe: Any) -> tuple[Any, ...]:
     hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
     positions = recipe["num_heads"], recipe["rotary_layout"], recipe["rotary_base"]
-    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *positions
+    learned = bool(recipe.get("ordered")), recipe.get("manifold"), recipe.get("scores")
+    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
 
 
 class LanguageModel(_Trained):
@@ -233,12 +237,7 @@ class TokenClassifier(_Trained):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores, (B, N, F) → (B, N, V)."""
-        if tokens.dim() != 3 or tokens.size(-1) != len(self.embeddings):
-            raise ShapeError(
-                f"tokens: expected (batch, tokens, {len(self.embeddings)} fields), got {tuple(tokens.shape)}; one column a field"
-            )
-        x = sum(table(tokens[..., f]) for f, table in enumerate(self.embeddings))
-        return self.head(self.transformer(x))
+        return self.head(self.transformer(_embedded(tokens, self.embeddings)))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch["tokens"]).flatten(0, 1).float(), batch["labels"].flatten())
@@ -277,3 +276,113 @@ class TokenClassifier(_Trained):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Most probable class of every token, (B, N)."""
         return self(batch["tokens"]).argmax(-1)
+
+
+class SetClassifier(_Trained):
+    """A bidirectional Transformer that assigns a class to a whole set of tokens: the mean over tokens is classified.
+
+    A token is a tuple of integer fields, such as the pixels of a patch and its place; each field has an embedding table
+    and a token is the sum of its fields'.
+
+    Args:
+        attention: recipe, e.g. ``{"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 16}``.
+        field_sizes: number of values of each field; those of ``Digits`` by default.
+        num_classes: of a set.
+        width: C, model width.
+        depth: number of blocks.
+        num_heads: H.
+        streams: residual streams, see ``nn.ResidualStreams``.
+        mlp_ratio: hidden width of the feed-forward layer over C.
+        dropout: on attention entries and residual branches, in training.
+        rotary_layout: null (default); or "half_split" or "interleaved".
+        rotary_base: of the RoPE frequencies.
+        learning_rate: after warm-up; falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        warmup_steps: of the linear rise.
+
+    Batches are ``{"tokens": (B, N, F), "labels": (B,)}``. Logs ``train/loss``; loss and accuracy for validation and test.
+
+    Example:
+        >>> import torch
+        >>> model = SetClassifier({"module": "LieAttention"}, width=16, num_heads=2)
+        >>> model(torch.zeros(3, 16, 6, dtype=torch.long)).shape
+        torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        attention: AttentionRecipe,
+        field_sizes: Sequence[int] = (17, 17, 17, 17, 4, 4),
+        num_classes: int = 10,
+        width: int = 64,
+        depth: int = 2,
+        num_heads: int = 4,
+        streams: int = 1,
+        mlp_ratio: float = 2.0,
+        dropout: float = 0.0,
+        rotary_layout: str | None = None,
+        rotary_base: float = 10_000.0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 50,
+    ) -> None:
+        super().__init__()
+        field_sizes = list(field_sizes)
+        self.save_hyperparameters()
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in field_sizes)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            attention,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            rotary_layout=rotary_layout,
+            rotary_base=rotary_base,
+            streams=streams,
+        )
+        self.head = nn.Linear(width, num_classes)
+        self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def setup(self, stage: str) -> None:
+        wanted = getattr(getattr(self.trainer, "datamodule", None), "field_sizes", None)
+        if wanted is not None and list(wanted) != list(self.hparams.field_sizes):
+            raise ValueError(
+                f"field_sizes: expected the data's {list(wanted)}, got {list(self.hparams.field_sizes)}; set them in the model"
+            )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Class scores, (B, N, F) → (B, number of classes)."""
+        return self.head(self.transformer(_embedded(tokens, self.embeddings)).mean(1))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch["tokens"]).float(), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "validation", self.validation_accuracy)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+        scores = self(batch["tokens"]).float()
+        accuracy.update(scores, batch["labels"])
+        loss = F.cross_entropy(scores, batch["labels"])
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(scores), sync_dist=True)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(scores))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Most probable class of every set, (B,)."""
+        return self(batch["tokens"]).argmax(-1)
+
+
+def _embedded(tokens: Tensor, tables: nn.ModuleList) -> Tensor:
+    """Sum of the fields' embeddings, (B, N, F) → (B, N, C)."""
+    if tokens.dim() != 3 or tokens.size(-1) != len(tables):
+        raise ShapeError(
+            f"tokens: expected (batch, tokens, {len(tables)} fields), got {tuple(tokens.shape)}; one column a field"
+        )
+    return reduce(add, (table(tokens[..., f]) for f, table in enumerate(tables)))
