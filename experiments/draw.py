@@ -67,7 +67,8 @@ def _figures(experiment: str, results: Results) -> dict[str, Figure]:
         found = {"curves": _curves(results, "validation/accuracy", "validation accuracy (%)", 100)}
         return found | {"accuracy_by_depth": _by_depth(results), "mixing": _mixing(results, _forest_order)}
     if experiment == "digits":
-        shown = {v: results[v] for v in ("softmax", "exp", "relative_rates", "mixer", "mixer_balanced") if v in results}
+        few = ("softmax", "exp", "relative_rates", "mixer", "mixer_balanced")
+        shown: Results = {name: runs for name, runs in results.items() if name in few}
         found = {"curves": _curves(shown, "validation/accuracy", "validation accuracy (%)", 100)}
         return found | {"mixing": _mixing(results, _raster_order, ("exp", "mixer", "mixer_balanced"))}
     found = {"curves": _curves(results, "validation/loss", "validation loss (nats per byte)", 1)}

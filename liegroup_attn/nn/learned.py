@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
 from liegroup_attn.generators import DenseGenerator, Generator
-from liegroup_attn.manifolds import ManifoldParameter, PositiveVectors, RateMatrices, causal_support, hold
+from liegroup_attn.manifolds import PositiveVectors, RateMatrices, causal_support, hold
 
 __all__ = ["LearnedGenerator", "RateMatrix", "RelativeRates"]
 
@@ -63,6 +63,10 @@ class RelativeRates(LearnedGenerator):
 
     Source: docs/mathematics, "Families".
     """
+
+    past: Tensor
+    future: Tensor
+    tail: Tensor
 
     def __init__(self, num_heads: int, max_distance: int, *, is_causal: bool = False, rate: float = 0.5) -> None:
         super().__init__(num_heads, is_causal=is_causal)
@@ -119,6 +123,8 @@ class RateMatrix(LearnedGenerator):
     Source: [Norris1997]_, section 2.1; docs/mathematics.
     """
 
+    matrix: Tensor
+
     def __init__(
         self,
         num_heads: int,
@@ -151,10 +157,15 @@ class RateMatrix(LearnedGenerator):
                 f"num_tokens: expected {most}{self.num_tokens}, got {num_tokens}; a learned matrix has a fixed size, "
                 "RelativeRates fit any"
             )
-        matrix: ManifoldParameter = self.matrix
-        generator = DenseGenerator(matrix[:, :num_tokens, :num_tokens])
+        generator = generator_of(self.matrix[:, :num_tokens, :num_tokens])
         generator.is_causal = self.is_causal
         return generator
+
+
+def generator_of(matrix: Tensor) -> DenseGenerator:
+    """The generator with the rates of a parameter, whose diagonal is made anew: a cast leaves it off by rounding."""
+    eye = torch.eye(matrix.size(-1), dtype=torch.bool, device=matrix.device)
+    return DenseGenerator.from_rates(matrix.masked_fill(eye, 0))
 
 
 def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
@@ -162,7 +173,7 @@ def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, all
         raise ShapeError(
             f"manifold: expected one of rate matrices on {num_tokens} states, got {manifold}; give e.g. RateMatrices({num_tokens})"
         )
-    if is_causal and bool(manifold.support.triu(1).any()):
+    if is_causal and bool(manifold.transitions.triu(1).any()):
         raise MaskError("manifold: expected a lower-triangular support beside is_causal=True, got one that leads ahead")
     if not allow_open_support and not manifold.closed:
         raise MaskError(

@@ -61,6 +61,9 @@ class LieAttention(SelfAttention):
     Source: docs/mathematics.
     """
 
+    time: Tensor
+    head_weights: Tensor | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -142,9 +145,7 @@ class LieAttention(SelfAttention):
             return None
         return F.linear(x, self.rate_weight, self.rate_bias).sigmoid().transpose(1, 2)
 
-    def generator(
-        self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> Generator:
+    def generator(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Generator:
         """Q of the layer's input (with ``rate_fn=None``), all that is added included; with ``ordered`` without ``plus``.
 
         Args:
@@ -159,9 +160,7 @@ class LieAttention(SelfAttention):
             GeneratorError: the layer has a rate_fn.
         """
         if self.rate_fn is not None:
-            raise GeneratorError(
-                "rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix"
-            )
+            raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
         query, key, _ = self._project(x, positions)
         key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
         chain = SoftmaxGenerator(

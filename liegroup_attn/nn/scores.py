@@ -80,6 +80,10 @@ class SpectralScores(BilinearScores):
     Source: docs/mathematics; [Kochurov2020]_.
     """
 
+    left: Tensor
+    right: Tensor
+    spectrum: Tensor
+
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads)
         self._frame("left")
@@ -106,6 +110,8 @@ class SkewScores(BilinearScores):
         True
     """
 
+    frame: Tensor
+
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads)
         self._frame("frame")
@@ -127,6 +133,9 @@ class RateScores(BilinearScores):
         >>> layer.rates.manifold.check_point_on_manifold(layer.rates)
         True
     """
+
+    frame: Tensor
+    rates: Tensor
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__(embed_dim, num_heads)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.functional import transition_matrix
-from liegroup_attn.generators import DenseGenerator
 from liegroup_attn.manifolds import DoublyBalancedRateMatrices, hold
+from liegroup_attn.nn.learned import generator_of
 
 __all__ = ["Residual", "ResidualStreams"]
 
@@ -51,6 +51,8 @@ class ResidualStreams(Residual):
     Source: [Xie2025]_ (residual streams, doubly stochastic by Sinkhorn); docs/mathematics, "Families".
     """
 
+    generator: Tensor
+
     def __init__(self, num_streams: int, *, reads: int = 0, rate: float = 0.1) -> None:
         super().__init__()
         if num_streams < 2:
@@ -68,7 +70,7 @@ class ResidualStreams(Residual):
 
     def mixing_matrix(self) -> Tensor:
         """exp(Q), (S, S), doubly stochastic."""
-        return transition_matrix(DenseGenerator(self.generator))
+        return transition_matrix(generator_of(self.generator))
 
     def read(self, x: Tensor) -> Tensor:  # noqa: D102
         return torch.einsum("s,...sc->...c", self.reading.to(x.dtype), x)
