@@ -191,6 +191,16 @@ def test_dropout(layer, train):
     assert torch.equal(layer(x), layer(x)) is not train
 
 
+@pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if name.startswith(("rel", "add", "ord", "sum"))])
+def test_the_same_seed_gives_the_parameters_of_softmax_attention(name):
+    torch.manual_seed(3)
+    layer, state = LAYERS[name].make(), torch.get_rng_state()
+    torch.manual_seed(3)
+    softmax, plain = SoftmaxAttention(C, H), torch.get_rng_state()
+    assert torch.equal(state, plain)  # what is built next is equal too
+    assert all(torch.equal(layer.get_parameter(n), value) for n, value in softmax.named_parameters())
+
+
 # what each is
 
 
