@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square, squares
@@ -183,7 +184,11 @@ def coordinates(X: Tensor) -> Tensor:
     Source: [Johnson1985]_.
     """
     X = square("X", X)
-    return X[..., ~eye_like(X).bool()]
+    n = X.size(-1)
+    if n < 2:
+        return X.flatten(-2)[..., :0]
+    # Without its first entry a matrix in a row is n − 1 times: n off-diagonals and an entry of the diagonal.
+    return X.flatten(-2)[..., 1:].unflatten(-1, (n - 1, n + 1))[..., :-1].flatten(-2)
 
 
 def from_coordinates(rates: Tensor) -> Tensor:
@@ -207,15 +212,16 @@ def from_coordinates(rates: Tensor) -> Tensor:
     Source: [Johnson1985]_.
     """
     check_shape("rates", rates, least_rank=1, remedy="give the rates along the last axis")
+    rates = rates.float() if rates.dtype in (torch.float16, torch.bfloat16) else rates
     n = (1 + math.isqrt(1 + 4 * rates.size(-1))) // 2
     if n * (n - 1) != rates.size(-1):
         raise ShapeError(
             f"rates: expected N(N − 1) of them (0, 2, 6, 12, …), got {rates.size(-1)}; give one for each ordered pair"
         )
-    # Between two entries of the diagonal there are n off-diagonals: (n − 1, n), padded in front by the diagonal's.
-    off = rates.unflatten(-1, (n - 1, n)) if n > 1 else rates.new_zeros(*rates.shape[:-1], 0, 1)
-    off = torch.nn.functional.pad(off, (1, 0)).flatten(-2)  # (..., n² − 1), the last diagonal entry is missing
-    off = torch.nn.functional.pad(off, (0, 1)).unflatten(-1, (n, n))
+    if n == 1:
+        return rates.new_zeros(*rates.shape[:-1], 1, 1)
+    off = F.pad(rates.unflatten(-1, (n - 1, n)), (1, 0)).flatten(-2)  # (..., n² − 1): the inverse of ``coordinates``
+    off = F.pad(off, (0, 1)).unflatten(-1, (n, n))
     return off - torch.diag_embed(off.sum(-1))
 
 

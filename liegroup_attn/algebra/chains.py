@@ -107,7 +107,7 @@ def stationary_distribution(generator: Tensor) -> Tensor:
 
 
 def detailed_balance_residual(generator: Tensor, distribution: Tensor | None = None) -> Tensor:
-    """Largest net flow between two states at rest, max |π_i Q_ij − π_j Q_ji|: 0 iff the chain is reversible.
+    """Largest net flow between two states at rest, ``max |π_i Q_ij − π_j Q_ji|``: 0 iff the chain is reversible.
 
     Args:
         generator: (..., N, N), the dense Q.
