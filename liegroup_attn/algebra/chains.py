@@ -167,7 +167,7 @@ def is_reversible(generator: Tensor, atol: float | None = None) -> tuple[bool, s
     if atol is None:
         atol = 8 * Q.size(-1) * torch.finfo(generator.dtype).eps * float(Q.abs().max())
     flow = stationary(Q)[..., None] * Q
-    net = (flow - flow.mT).abs().flatten(0, -3) if Q.dim() > 2 else (flow - flow.mT).abs()[None]
+    net = (flow - flow.mT).abs().reshape(-1, *Q.shape[-2:])
     worst = float(net.max())
     if worst <= atol:
         return True, None

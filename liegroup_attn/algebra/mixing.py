@@ -78,7 +78,7 @@ def mixing_time(generator: Tensor, tol: float = 0.25) -> Tensor:
     if not 0 < tol < 1:
         raise GeneratorError(f"tol: expected 0 < tol < 1, got {tol}; 0.25 is usual")
     dense = rate_matrix(generator)
-    Q, mixes = dense.flatten(0, -3) if dense.dim() > 2 else dense[None], one_closed_class(dense).flatten()
+    Q, mixes = dense.reshape(-1, *dense.shape[-2:]), one_closed_class(dense).flatten()
     found = torch.full_like(Q[:, 0, 0], math.inf)
     found[mixes] = _mixing_time(Q[mixes], tol)
     return found.reshape(dense.shape[:-2]).to(square("generator", generator).dtype)
