@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ def _forest_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
 
 
 def _raster_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
-    return list(range(len(mixing["tokens"]))), [f"{row},{column}" for *_, row, column in mixing["tokens"]]
+    n = len(mixing["tokens"])
+    return list(range(n)), [f"{i // math.isqrt(n)},{i % math.isqrt(n)}" for i in range(n)]
 
 
 def _text_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:

@@ -2,7 +2,7 @@
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests
-from liegroup_attn.lightning.modules import LanguageModel, SetClassifier, TokenClassifier
+from liegroup_attn.lightning.modules import ImageClassifier, LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, build_optimizer, warmup_cosine
 
 __all__ = [
@@ -10,10 +10,10 @@ __all__ = [
     "Digits",
     "ExactResume",
     "GeneratorMonitor",
+    "ImageClassifier",
     "LanguageModel",
     "RandomForests",
     "RiemannianAdamW",
-    "SetClassifier",
     "TokenClassifier",
     "build_optimizer",
     "warmup_cosine",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import add
 from typing import Any
 
 import lightning as L
@@ -16,7 +13,7 @@ from liegroup_attn.lightning.optim import build_optimizer, warmup_cosine
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
-__all__ = ["TEST_SETS", "LanguageModel", "SetClassifier", "TokenClassifier"]
+__all__ = ["TEST_SETS", "ImageClassifier", "LanguageModel", "TokenClassifier"]
 
 TEST_SETS = ("test", "deeper")
 
@@ -237,7 +234,12 @@ class TokenClassifier(_Trained):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores, (B, N, F) → (B, N, V)."""
-        return self.head(self.transformer(_embedded(tokens, self.embeddings)))
+        if tokens.dim() != 3 or tokens.size(-1) != len(self.embeddings):
+            raise ShapeError(
+                f"tokens: expected (batch, tokens, {len(self.embeddings)} fields), got {tuple(tokens.shape)}; one column a field"
+            )
+        x = sum(table(tokens[..., f]) for f, table in enumerate(self.embeddings))
+        return self.head(self.transformer(x))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch["tokens"]).flatten(0, 1).float(), batch["labels"].flatten())
@@ -278,16 +280,14 @@ class TokenClassifier(_Trained):
         return self(batch["tokens"]).argmax(-1)
 
 
-class SetClassifier(_Trained):
-    """A bidirectional Transformer that assigns a class to a whole set of tokens: the mean over tokens is classified.
-
-    A token is a tuple of integer fields, such as the pixels of a patch and its place; each field has an embedding table
-    and a token is the sum of its fields'.
+class ImageClassifier(_Trained):
+    """A Transformer on the patches of an image, whose mean over patches is classified.
 
     Args:
         attention: recipe, e.g. ``{"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 16}``.
-        field_sizes: number of values of each field; those of ``Digits`` by default.
-        num_classes: of a set.
+        num_patches: N; every place has an embedding.
+        patch_values: F, numbers of a patch.
+        num_classes: of an image.
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
@@ -304,15 +304,18 @@ class SetClassifier(_Trained):
 
     Example:
         >>> import torch
-        >>> model = SetClassifier({"module": "LieAttention"}, width=16, num_heads=2)
-        >>> model(torch.zeros(3, 16, 6, dtype=torch.long)).shape
+        >>> model = ImageClassifier({"module": "LieAttention"}, width=16, num_heads=2)
+        >>> model(torch.zeros(3, 16, 4)).shape
         torch.Size([3, 10])
+
+    Source: [Dosovitskiy2021]_.
     """
 
     def __init__(
         self,
         attention: AttentionRecipe,
-        field_sizes: Sequence[int] = (17, 17, 17, 17, 4, 4),
+        num_patches: int = 16,
+        patch_values: int = 4,
         num_classes: int = 10,
         width: int = 64,
         depth: int = 2,
@@ -327,9 +330,9 @@ class SetClassifier(_Trained):
         warmup_steps: int = 50,
     ) -> None:
         super().__init__()
-        field_sizes = list(field_sizes)
         self.save_hyperparameters()
-        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in field_sizes)
+        self.embedding = nn.Linear(patch_values, width)
+        self.places = nn.Embedding(num_patches, width)
         self.transformer = Transformer(
             width,
             depth,
@@ -345,16 +348,16 @@ class SetClassifier(_Trained):
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
-    def setup(self, stage: str) -> None:
-        wanted = getattr(getattr(self.trainer, "datamodule", None), "field_sizes", None)
-        if wanted is not None and list(wanted) != list(self.hparams.field_sizes):
-            raise ValueError(
-                f"field_sizes: expected the data's {list(wanted)}, got {list(self.hparams.field_sizes)}; set them in the model"
-            )
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores, (B, N, F) → (B, number of classes)."""
-        return self.head(self.transformer(_embedded(tokens, self.embeddings)).mean(1))
+        wanted = self.places.num_embeddings, self.embedding.in_features
+        if tokens.dim() != 3 or tokens.shape[1:] != wanted:
+            raise ShapeError(
+                f"tokens: expected (batch, {wanted[0]} patches, {wanted[1]} values), got {tuple(tokens.shape)}; set "
+                "num_patches and patch_values as the data has them"
+            )
+        x = self.embedding(tokens) + self.places.weight
+        return self.head(self.transformer(x).mean(1))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch["tokens"]).float(), batch["labels"])
@@ -375,14 +378,5 @@ class SetClassifier(_Trained):
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(scores))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Most probable class of every set, (B,)."""
+        """Most probable class of every image, (B,)."""
         return self(batch["tokens"]).argmax(-1)
-
-
-def _embedded(tokens: Tensor, tables: nn.ModuleList) -> Tensor:
-    """Sum of the fields' embeddings, (B, N, F) → (B, N, C)."""
-    if tokens.dim() != 3 or tokens.size(-1) != len(tables):
-        raise ShapeError(
-            f"tokens: expected (batch, tokens, {len(tables)} fields), got {tuple(tokens.shape)}; one column a field"
-        )
-    return reduce(add, (table(tokens[..., f]) for f, table in enumerate(tables)))

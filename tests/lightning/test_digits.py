@@ -1,4 +1,4 @@
-"""The digits as sets of patches, and the classifier of sets."""
+"""The digits as patches, and the classifier of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from liegroup_attn.lightning import Digits, SetClassifier
+from liegroup_attn.errors import ShapeError
+from liegroup_attn.lightning import Digits, ImageClassifier
 
 QUIET = {
     "accelerator": "cpu",
@@ -27,22 +28,18 @@ def ready(**options) -> Digits:
 
 
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
-def test_patches_hold_the_pixels_and_their_place(p):
-    data = ready(patch_size=p, batch_size=300)
-    (batch,) = data.test_dataloader()
+def test_patches_hold_the_pixels_in_raster_order(p):
+    (batch,) = ready(patch_size=p, batch_size=300).test_dataloader()
     tokens, side = batch["tokens"], 8 // p
-    assert tokens.shape == (300, side * side, p * p + 2)
-    assert data.num_tokens == side * side
-    assert len(data.field_sizes) == p * p + 2
-    image = torch.full((300, 8, 8), -1)
-    for token in tokens.unbind(1):
-        row, column = token[0, -2:].tolist()
-        assert (token[:, -2:] == token[0, -2:]).all()
-        image[:, row * p : row * p + p, column * p : column * p + p] = token[:, :-2].unflatten(1, (p, p))
+    assert tokens.shape == (300, side * side, p * p)
+    assert tokens.dtype == torch.float32
+    image = torch.full((300, 8, 8), -1.0)
+    for i, token in enumerate(tokens.unbind(1)):
+        row, column = p * (i // side), p * (i % side)
+        image[:, row : row + p, column : column + p] = token.unflatten(1, (p, p))
     known = {(tuple(x.flatten().astype(int)), int(y)) for x, y in zip(*load_digits(return_X_y=True), strict=True)}
-    found = {(tuple(x.flatten().tolist()), int(y)) for x, y in zip(image, batch["labels"], strict=True)}
-    assert found <= known
-    assert all((tokens[..., f] < size).all() for f, size in enumerate(data.field_sizes))
+    pixels = (16 * image.flatten(1)).int()
+    assert {(tuple(x.tolist()), int(y)) for x, y in zip(pixels, batch["labels"], strict=True)} <= known
 
 
 def test_splits_are_apart_and_fixed():
@@ -94,16 +91,19 @@ def test_without_scikit_learn(monkeypatch):
         Digits().setup()
 
 
-def test_a_set_has_no_order():
-    model = SetClassifier({"module": "LieAttention"}, width=16, num_heads=2).eval()
+def test_a_patch_knows_its_place():
+    model = ImageClassifier({"module": "LieAttention"}, width=16, num_heads=2).eval()
     tokens = next(iter(ready().val_dataloader()))["tokens"]
     order = torch.randperm(tokens.size(1))
+    assert (model(tokens) - model(tokens[:, order])).abs().max() > 1e-3
+    with torch.no_grad():
+        model.places.weight.zero_()
     torch.testing.assert_close(model(tokens), model(tokens[:, order]), atol=1e-5, rtol=1e-5)
 
 
 def test_it_fits_and_tests():
     data = ready(train_size=64, batch_size=32)
-    model = SetClassifier({"module": "LieAttention", "mix_heads": True}, width=16, num_heads=2, streams=2)
+    model = ImageClassifier({"module": "LieAttention", "mix_heads": True}, width=16, num_heads=2, streams=2)
     trainer = L.Trainer(max_steps=3, **QUIET)
     trainer.fit(model, data)
     (found,) = trainer.test(model, data, verbose=False)
@@ -114,9 +114,8 @@ def test_it_fits_and_tests():
     assert (predicted == labels).float().mean() == pytest.approx(found["test/accuracy"])
 
 
-def test_fields_that_do_not_fit():
-    model = SetClassifier({"module": "LieAttention"}, width=16, num_heads=2)
-    with pytest.raises(ValueError, match="tokens: expected"):
-        model(torch.zeros(1, 4, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"field_sizes: expected the data's \[17, 8, 8\]"):
-        L.Trainer(max_steps=1, **QUIET).fit(model, ready(patch_size=1))
+def test_patches_that_do_not_fit():
+    model = ImageClassifier({"module": "LieAttention"}, width=16, num_heads=2)
+    for shape in ((1, 16, 3), (1, 15, 4), (16, 4)):
+        with pytest.raises(ShapeError, match=r"tokens: expected \(batch, 16 patches, 4 values\)"):
+            model(torch.zeros(shape))

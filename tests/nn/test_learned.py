@@ -191,7 +191,9 @@ def test_dropout(layer, train):
     assert torch.equal(layer(x), layer(x)) is not train
 
 
-@pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if name.startswith(("rel", "add", "ord", "sum"))])
+@pytest.mark.parametrize(
+    "name", [name for name, case in LAYERS.items() if name.startswith(("rel", "add", "ord", "sum"))]
+)
 def test_the_same_seed_gives_the_parameters_of_softmax_attention(name):
     torch.manual_seed(3)
     layer, state = LAYERS[name].make(), torch.get_rng_state()

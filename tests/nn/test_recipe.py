@@ -71,7 +71,10 @@ def test_options_are_those_of_the_module():
 
 
 BAD = [
-    ({}, r"attention.module: expected one of \['LieAttention', 'LieMixer', 'SoftmaxAttention'\], got None; name a module"),
+    (
+        {},
+        r"attention.module: expected one of \['LieAttention', 'LieMixer', 'SoftmaxAttention'\], got None; name a module",
+    ),
     ({"module": "Softmax"}, r"attention.module: expected one of .*, got 'Softmax'; name a module"),
     ({**LIE, "tiem": 1.0}, r"attention: expected keys from \[.*'time'.*\] for LieAttention, got \['tiem'\]; remove"),
     (

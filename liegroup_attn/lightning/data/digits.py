@@ -1,4 +1,4 @@
-"""Handwritten digits as sets of patches: a fixed number of tokens, real images, no download."""
+"""Handwritten digits as sequences of patches: a fixed number of tokens, real images, no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from liegroup_attn.lightning.data.loader import ResumableLoader
 
 __all__ = ["Digits"]
 
-_SIDE, _LEVELS = 8, 17  # pixels a side; intensities 0 … 16
+_SIDE, _MOST = 8, 16  # pixels a side; intensities 0 … 16
 _SHUFFLE = 0  # the split is one and the same for every seed
 _VAL = _TEST = 300
 
@@ -23,8 +23,7 @@ class Digits(L.LightningDataModule):
     """Name the digit of an 8×8 image; an item is ``{"tokens": (N, F), "labels": ()}``, one token a patch.
 
     The 1,797 images of the UCI test set of handwritten digits, as scikit-learn ships them: 1,197 train, 300 validate, 300
-    test, by one fixed shuffle. A token has p² intensities (0 to 16), its row and its column: F = p² + 2 fields; tokens
-    stand in raster order. Training example i is drawn with replacement, a pure function of (seed, i).
+    test, by one fixed shuffle. A token is a patch, F = p² intensities from 0 to 1; tokens stand in raster order. Training example i is drawn with replacement, a pure function of (seed, i).
 
     Args:
         patch_size: p, divides 8: N = (8 / p)² tokens.
@@ -41,8 +40,8 @@ class Digits(L.LightningDataModule):
         >>> data = Digits(patch_size=2, batch_size=3)
         >>> data.setup()
         >>> batch = next(iter(data.train_dataloader()))
-        >>> batch["tokens"].shape, batch["labels"].shape, data.field_sizes
-        (torch.Size([3, 16, 6]), torch.Size([3]), [17, 17, 17, 17, 4, 4])
+        >>> batch["tokens"].shape, batch["labels"].shape
+        (torch.Size([3, 16, 4]), torch.Size([3]))
 
     Source: [Alpaydin1998]_.
     """
@@ -65,16 +64,6 @@ class Digits(L.LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
         self._splits: list[tuple[Tensor, Tensor]] = []
         self._sha256 = ""
-
-    @property
-    def num_tokens(self) -> int:
-        """N = (8 / p)²."""
-        return (_SIDE // self.patch_size) ** 2
-
-    @property
-    def field_sizes(self) -> list[int]:
-        """Number of values of each field of a token."""
-        return [_LEVELS] * self.patch_size**2 + [_SIDE // self.patch_size] * 2
 
     def setup(self, stage: str | None = None) -> None:
         if self._splits:
@@ -128,11 +117,10 @@ class Digits(L.LightningDataModule):
 
 
 def _patches(images: Tensor, p: int) -> Tensor:
-    """(B, 8, 8) → (B, N, p² + 2): the pixels of each patch, its row and its column."""
+    """(B, 8, 8) → (B, N, p²), from 0 to 1."""
     side = _SIDE // p
-    pixels = images.unflatten(1, (side, p)).unflatten(3, (side, p)).transpose(2, 3).flatten(3)  # (B, side, side, p²)
-    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(len(images), -1, -1)  # (B, N, 2)
-    return torch.cat([pixels.flatten(1, 2), place], -1)
+    pixels = images.unflatten(1, (side, p)).unflatten(3, (side, p)).transpose(2, 3)  # (B, side, side, p, p)
+    return pixels.flatten(3).flatten(1, 2).float() / _MOST
 
 
 class _Images(Dataset):
