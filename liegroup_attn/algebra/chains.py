@@ -11,7 +11,7 @@ from torch import Tensor
 from liegroup_attn.algebra._square import eye_like, square
 from liegroup_attn.algebra.exponential import expm
 from liegroup_attn.algebra.membership import is_rate_matrix
-from liegroup_attn.errors import ConvergenceError, GeneratorError, ShapeError, check_shape, fits, values_visible
+from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, fits, values_visible
 
 __all__ = ["detailed_balance_residual", "exit_rates", "expected_hops", "is_reversible", "stationary_distribution"]
 
@@ -82,8 +82,8 @@ def expected_hops(generator: Tensor, time: float | Tensor = 1.0, *, exponential:
 def stationary_distribution(generator: Tensor) -> Tensor:
     """The distribution π at rest, πQ = 0: each row of P(t) tends to it.
 
-    1ᵀ(11ᵀ − Q)⁻¹, in float64. Where two parts of the chain are joined by rates ε times the others, π is exact to
-    about 1e-16/ε. Differentiable, by rates that are 0 too (one-sided).
+    States are eliminated one by one, without subtractions and in float64: every entry is exact to its last digits,
+    however far apart the rates are. Differentiable, by rates that are 0 too (one-sided).
 
     Args:
         generator: (..., N, N), the dense Q, with one closed class: some state can be reached from every state.
@@ -95,13 +95,12 @@ def stationary_distribution(generator: Tensor) -> Tensor:
         DtypeError: not floating point.
         ShapeError: not square, or without states.
         GeneratorError: not a rate matrix, or several closed classes (where values are visible).
-        ConvergenceError: parts joined by rates under the rounding of the others (where values are visible).
 
     Example:
         >>> stationary_distribution(torch.tensor([[-1.0, 1.0], [3.0, -3.0]]))
         tensor([0.7500, 0.2500])
 
-    Source: [Norris1997]_, sections 3.5 and 3.6.
+    Source: [Grassmann1985]_; [Norris1997]_, sections 3.5 and 3.6.
     """
     return stationary(rate_matrix(generator)).to(square("generator", generator).dtype)
 
@@ -195,27 +194,36 @@ def rate_matrix(generator: Tensor) -> Tensor:
 
 
 def stationary(Q: Tensor) -> Tensor:
-    """π of a Q from ``rate_matrix``.
-
-    Rows are divided by their exit rates first, Q = DJ, which makes one scale of all: πQ = 0 is (πD)J = 0.
-    """
+    """π of a Q from ``rate_matrix``; GeneratorError on several closed classes, where values are visible."""
     if values_visible(Q) and not bool(one_closed_class(Q).all()):
         raise GeneratorError(
             "generator: expected one closed class, got several (no state can be reached from every state), so π is not "
             "unique; take them apart, or ask absorption_probabilities where the chain ends"
         )
-    exits = -Q.detach().diagonal(dim1=-2, dim2=-1)  # (..., N)
-    exits = exits.where(exits > 0, 1)
-    regular = 1 / Q.size(-1) - Q / exits[..., None]
-    inverse = torch.linalg.inv_ex(regular).inverse
-    size = torch.linalg.matrix_norm(inverse.detach(), 1) * torch.linalg.matrix_norm(regular.detach(), 1)
-    if values_visible(size) and not bool((size < 0.1 / torch.finfo(Q.dtype).eps).all()):
-        raise ConvergenceError(
-            "generator: expected states joined by rates above rounding, got parts joined by less than 1e-15 of the "
-            "other rates; drop those rates"
-        )
-    pi = inverse.sum(-2).clamp_min(0) / exits
-    return pi / pi.sum(-1, keepdim=True)
+    return eliminate(Q)
+
+
+def eliminate(Q: Tensor) -> Tensor:
+    """π by Gaussian elimination without subtractions: the last state is left out, its jumps go on to where they lead.
+
+    A state that all others reach comes first, so that from each state left out there is a way to one kept.
+    Meaningless with several closed classes.
+    """
+    n = Q.size(-1)
+    first = reachable(Q).all(-2).int().argmax(-1, keepdim=True)  # (..., 1)
+    states = torch.arange(n, device=Q.device)
+    order = states.where(states > 0, first).where(states != first, 0)  # (..., N), swaps 0 and first
+    chain = torch.take_along_dim(torch.take_along_dim(Q, order[..., None], -2), order[..., None, :], -1)
+    visits = []  # to the state left out, for each visit to one kept
+    for k in range(n - 1, 0, -1):
+        onward = chain[..., k, :k]  # (..., k)
+        visits.append(chain[..., :k, k] / onward.sum(-1, keepdim=True))
+        chain = chain[..., :k, :k] + visits[-1][..., None] * onward[..., None, :]
+    pi = torch.ones_like(Q[..., 0, :1])
+    for share in reversed(visits):
+        pi = torch.cat([pi, (pi * share).sum(-1, keepdim=True)], -1)
+        pi = pi / pi.sum(-1, keepdim=True)
+    return torch.take_along_dim(pi, order, -1)
 
 
 def reachable(Q: Tensor) -> Tensor:
