@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square
-from liegroup_attn.algebra.chains import eliminate, one_closed_class, rate_matrix, stationary
+from liegroup_attn.algebra.chains import one_closed_class, rate_matrix
+from liegroup_attn.algebra.equilibrium import eliminate, stationary
 from liegroup_attn.algebra.exponential import expm
 from liegroup_attn.errors import ConvergenceError, GeneratorError
 
