@@ -21,7 +21,7 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
         manifold: any geoopt manifold.
 
     Returns:
-        A number, 0-dimensional; NaN where x has NaN, 0 without entries.
+        A number, 0-dimensional; NaN if x has NaN or inf, 0 without entries.
 
     Raises:
         ShapeError: x does not have the manifold's shape.
@@ -34,6 +34,8 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     ok, reason = manifold.check_point(x, explain=True)
     if not ok:
         raise ShapeError(f"x: expected a point on {manifold}, got shape {tuple(x.shape)}; {reason}")
+    if not_finite(x):
+        return x.new_tensor(torch.nan)
     with torch.no_grad():
         apart = (x - manifold.projx(x)).abs() / x.abs().clamp(min=1)
     return apart.max() if apart.numel() else apart.sum()

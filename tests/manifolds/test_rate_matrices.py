@@ -279,7 +279,9 @@ def test_off_manifold():
     assert float(off_manifold(Q, m)) == 0
     assert float(off_manifold(Q + torch.tensor([[0.5, 0.0], [0.0, 0.0]]), m)) == pytest.approx(0.5)
     assert float(off_manifold(Q * 100 - torch.tensor([[100.0, 0.0], [0.0, 0.0]]), m)) == pytest.approx(0.5)
-    assert math.isnan(float(off_manifold(Q * math.nan, m)))
+    for bad in (math.nan, math.inf):
+        assert math.isnan(float(off_manifold(Q * bad, m)))
+        assert math.isnan(float(off_manifold(Q * bad, FlatRateMatrices(2))))
     assert float(off_manifold(torch.zeros(0, 2, 2), m)) == 0
     assert float(off_manifold(torch.tensor([3.0]), OpenInterval(2.0))) == pytest.approx(1 / 3)
     assert off_manifold(Q.requires_grad_(), m).shape == ()
