@@ -81,7 +81,7 @@ def test_a_point_is_registered_as_it_is(place):
     assert torch.equal(root[1][0].point, place.on)
     assert root[1][0].point.data_ptr() != place.on.data_ptr()
     assert list(declared(root)) == [NAME]
-    assert [NAME] == [name for name, p in root.named_parameters() if isinstance(p, ManifoldParameter)]
+    assert [name for name, p in root.named_parameters() if isinstance(p, ManifoldParameter)] == [NAME]
     assert restore(root) == []
     assert_held(root, place)
 
@@ -279,7 +279,7 @@ def test_other_faults_are_torchs():
         root.load_state_dict({**root.state_dict(), NAME: torch.ones(3)})
     with pytest.raises(RuntimeError, match=f'Missing key.*"{NAME}"'):
         root.load_state_dict(nn.Sequential(nn.Linear(2, 2)).state_dict())
-    with pytest.raises(RuntimeError, match="expected torch.Tensor"):
+    with pytest.raises(RuntimeError, match=r"expected torch\.Tensor"):
         root.load_state_dict({**root.state_dict(), NAME: [0.6, 0.8]})
 
 
