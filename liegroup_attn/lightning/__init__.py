@@ -3,7 +3,7 @@
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, RandomForests
 from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
-from liegroup_attn.lightning.optim import RiemannianAdamW, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
 
 __all__ = [
     "ByteCorpus",
@@ -12,6 +12,7 @@ __all__ = [
     "LanguageModel",
     "RandomForests",
     "RiemannianAdamW",
+    "RiemannianSGD",
     "TokenClassifier",
     "build_optimizer",
     "warmup_cosine",
