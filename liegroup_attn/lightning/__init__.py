@@ -2,18 +2,24 @@
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, RandomForests
+from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.precision import ManifoldPrecision
+from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
     "ByteCorpus",
     "ExactResume",
     "GeneratorMonitor",
     "LanguageModel",
+    "ManifoldGuard",
+    "ManifoldPrecision",
     "RandomForests",
     "RiemannianAdamW",
     "RiemannianSGD",
     "TokenClassifier",
     "build_optimizer",
+    "replicate",
     "warmup_cosine",
 ]

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from liegroup_attn.manifolds import ManifoldParameter, restore
 
-__all__ = ["RiemannianAdamW", "RiemannianSGD", "build_optimizer", "warmup_cosine"]
+__all__ = ["RiemannianAdamW", "RiemannianSGD", "build_optimizer", "is_riemannian", "stabilize", "warmup_cosine"]
 
 _REMEDIES = {
     "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
@@ -289,6 +289,17 @@ def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
         else:
             others.append(parameter)
     return on_manifold, matrices, others
+
+
+def is_riemannian(optimizer: Optimizer) -> bool:
+    """Whether an optimizer moves manifold parameters along their manifolds: one of ours or of geoopt's."""
+    return isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
+
+
+def stabilize(optimizer: Optimizer) -> None:
+    """Project the points of an optimizer's manifold parameters, and their momenta on the tangent spaces there."""
+    if isinstance(optimizer, geoopt.optim.mixin.OptimMixin):
+        optimizer.stabilize()
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 0.1) -> LambdaLR:
