@@ -26,9 +26,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from liegroup_attn.errors import DtypeError, GeneratorError
-from liegroup_attn.lightning import ManifoldGuard, ManifoldPrecision, RiemannianAdamW, build_optimizer, replicate
+from liegroup_attn.lightning import ManifoldGuard, RiemannianAdamW, build_optimizer, replicate
 from liegroup_attn.lightning.guard import checked
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, Sphere, Stiefel, hold, off_manifold
+from liegroup_attn.manifolds import ManifoldParameter, Sphere, hold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -360,67 +360,3 @@ def test_it_does_nothing_to_free_parameters(tmp_path):
         ends.append(model.net.weight.detach())
     assert torch.equal(*ends)
     assert not Path(logger.log_dir, "metrics.csv").exists()
-
-
-# half precision
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_values_are_kept_before_they_are_rounded(precision):
-    model, expected = Places(), {name: p.detach().clone() for name, p in Places().held().items()}
-    model.points.sphere.data.mul_(3)
-    converted = ManifoldPrecision(precision).convert_module(model)
-    half = {"bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
-    assert converted is model
-    assert model.net[0].weight.dtype == model.targets.sphere.dtype == half
-    for name, point in model.held().items():
-        assert isinstance(point, ManifoldParameter)
-        assert point.dtype == torch.float32
-        torch.testing.assert_close(point.detach(), expected[name], atol=1e-7, rtol=1e-6)
-        assert torch.equal(point, expected[name]) or name == "sphere"
-
-
-def test_a_rounded_point_is_projected_in_single_precision():
-    module = nn.Module()
-    frame = hold(module, "frame", torch.linalg.qr(torch.randn(4, 5, 3)).Q, Stiefel()).double()
-    module.bfloat16()
-    ManifoldPrecision("bf16-true").convert_module(module)
-    assert module.frame.dtype == torch.float32
-    assert off_manifold(module.frame, module.frame.manifold) <= 1e-6
-    torch.testing.assert_close(module.frame.detach().double(), frame.detach(), atol=2e-2, rtol=0)
-
-
-def test_double_stays_double():
-    module = nn.Module()
-    hold(module, "time", torch.ones(2, dtype=torch.float64), OpenInterval(2.0))
-    assert ManifoldPrecision("bf16-true").convert_module(module).time.dtype == torch.float64
-
-
-class Late(Places):
-    """Made in configure_model."""
-
-    def build(self) -> None:
-        pass
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "points"):
-            super().build()
-
-
-def test_modules_made_in_configure_model():
-    starts = []
-
-    class Start(L.Callback):
-        def on_train_start(self, trainer, pl_module) -> None:
-            starts.append({name: value.clone() for name, value in pl_module.state_dict().items()})
-
-    for model in (Late(), Places()):
-        trainer(ManifoldGuard(), Start(), plugins=ManifoldPrecision("bf16-true")).fit(model)
-        assert model.points.sphere.dtype == torch.float32
-    late, early = starts
-    for name, value in early.items():
-        assert late[name].dtype == value.dtype
-        assert torch.equal(late[name], value), name
-    fitted = trainer(plugins=ManifoldPrecision("bf16-true"))
-    with fitted.init_module():
-        assert Places().points.sphere.dtype == torch.float32
