@@ -18,11 +18,17 @@ from torch.utils.data import Dataset, DistributedSampler
 from liegroup_attn.lightning import ManifoldGuard, build_optimizer, replicate
 from liegroup_attn.lightning.data import ResumableLoader
 from liegroup_attn.manifolds import (
+    DoublyBalancedRateMatrices,
+    FlatRateMatrices,
     ManifoldParameter,
     OpenInterval,
+    PositiveVectors,
     RateMatrices,
+    ReversibleRateMatrices,
+    SpecialOrthogonal,
     Sphere,
     Stiefel,
+    StochasticMatrices,
     causal_support,
     hold,
     off_manifold,
@@ -34,6 +40,12 @@ MANIFOLDS = {
     "stiefel": (Stiefel(), (2, 5, 3)),
     "rates": (RateMatrices(4), (2, 4, 4)),
     "causal_rates": (RateMatrices(4, causal_support(4)), (4, 4)),
+    "flat_rates": (FlatRateMatrices(4), (4, 4)),
+    "reversible": (ReversibleRateMatrices(4), (2, 4, 4)),
+    "balanced": (DoublyBalancedRateMatrices(4), (4, 4)),
+    "stochastic": (StochasticMatrices(), (2, 3, 4)),
+    "positive": (PositiveVectors(), (3, 5)),
+    "rotations": (SpecialOrthogonal(4), (2, 4, 4)),
 }
 WIDTH, BATCHES, BATCH = 6, 64, 8  # an epoch is 64 steps
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False}

@@ -22,19 +22,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
-STEPS, STOP = 500, 250  # of the whole run, and where the other one is resumed, in mid-epoch
+STEPS, STOP = 500, 400  # of the whole run, and where the other one is resumed, in mid-epoch
 NEAR = 1e-6
 
 
 class Watch(L.Callback):
-    """The largest distance from the manifolds after any step."""
+    """The largest distance from the manifolds after every tenth step, the last one before the optimizer projects."""
 
     def __init__(self) -> None:
-        self.worst, self.steps = 0.0, 0
+        self.worst, self.looks = 0.0, 0
 
     def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-        self.worst = max(self.worst, pl_module.distance())
-        self.steps += 1
+        if trainer.global_step % 10 == 9:
+            self.worst = max(self.worst, pl_module.distance())
+            self.looks += 1
 
 
 def fit(folder: Path, resume: Path | None = None, optimizer=None, **options) -> tuple[Places, L.Trainer]:
@@ -50,7 +51,7 @@ def fit(folder: Path, resume: Path | None = None, optimizer=None, **options) -> 
         **options,
     )
     trainer.fit(model, ckpt_path=resume, weights_only=True)
-    assert watch.steps == STEPS - (STOP if resume else 0)
+    assert watch.looks == (STEPS - (STOP if resume else 0)) / 10
     assert watch.worst <= NEAR
     return model, trainer
 
@@ -62,8 +63,12 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [None, partial(RiemannianSGD, momentum=0.9)], ids=["adam", "sgd"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+SGD = partial(RiemannianSGD, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("32-true", None), ("bf16-mixed", None), ("bf16-true", None), ("bf16-true", SGD)]
+)
 def test_500_steps_and_a_resume_stay_on_the_manifolds(tmp_path, precision, optimizer):
     def options() -> dict:
         return {key: value() if callable(value) else value for key, value in PRECISIONS[precision].items()}
@@ -106,6 +111,7 @@ def alone(steps: int) -> Places:
     return model
 
 
+@pytest.mark.slow
 def test_two_processes_stay_equal_and_on_the_manifolds(tmp_path):
     first, second = results("ddp", STEPS, tmp_path)
     assert set(first["kinds"].values()) == {"ManifoldParameter"}
