@@ -112,7 +112,8 @@ class FlatRateMatrices(RateMatrices):
         shape = geoopt.utils.size2shape(*size)
         self._assert_check_shape(shape, "size")
         rates = torch.randn(*shape, dtype=dtype, device=device).abs() * std
-        return geoopt.ManifoldTensor(super().proju(rates, rates), manifold=self)
+        rates = rates.masked_fill(~self._allowed(rates), 0)
+        return geoopt.ManifoldTensor(_closed_rows(rates, torch.float64), manifold=self)
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
         wide = x.detach().to(torch.float64)
