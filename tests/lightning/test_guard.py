@@ -26,9 +26,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from liegroup_attn.errors import DtypeError, GeneratorError
-from liegroup_attn.lightning import ManifoldGuard, RiemannianAdamW, build_optimizer, replicate
+from liegroup_attn.lightning import LanguageModel, ManifoldGuard, RiemannianAdamW, build_optimizer, replicate
 from liegroup_attn.lightning.guard import checked
-from liegroup_attn.manifolds import ManifoldParameter, Sphere, hold
+from liegroup_attn.manifolds import ManifoldParameter, Sphere, declared, hold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -360,3 +360,38 @@ def test_it_does_nothing_to_free_parameters(tmp_path):
         ends.append(model.net.weight.detach())
     assert torch.equal(*ends)
     assert not Path(logger.log_dir, "metrics.csv").exists()
+
+
+# torch.compile of what is inside
+
+
+class Compiled(LanguageModel):
+    """The inner module is compiled in configure_model, in place, so that names stay; the LightningModule is not."""
+
+    backend: str | None = None
+
+    def configure_model(self) -> None:
+        if self.backend is not None:
+            self.transformer.compile(backend=self.backend)
+
+    def train_dataloader(self):
+        text = torch.randint(256, (6, 2, 13), generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader([{"tokens": t[:, :-1], "targets": t[:, 1:]} for t in text], batch_size=None)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_inner_module_trains_on_its_manifolds(backend):
+    ends = []
+    for chosen in (None, backend):
+        torch.manual_seed(0)
+        model = Compiled({"module": "LieAttention", "time": 1.3, "tol": 1e-2}, width=8, depth=1, num_heads=2)
+        model.backend = chosen
+        fitted = trainer(ManifoldGuard(), max_steps=6)
+        fitted.fit(model)
+        assert type(fitted.optimizers[0]) is RiemannianAdamW
+        ends.append(model.state_dict())
+    assert isinstance(model.transformer.blocks[0].attention.time, ManifoldParameter)
+    assert list(declared(model)) == ["transformer.blocks.0.attention.time"]
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(ends[0]["transformer.blocks.0.attention.time"], torch.full((2, 1), 1.3))
