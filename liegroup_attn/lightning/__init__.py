@@ -2,8 +2,11 @@
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests
+from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.modules import ImageClassifier, LanguageModel, TokenClassifier
-from liegroup_attn.lightning.optim import RiemannianAdamW, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.precision import ManifoldPrecision
+from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
     "ByteCorpus",
@@ -12,9 +15,13 @@ __all__ = [
     "GeneratorMonitor",
     "ImageClassifier",
     "LanguageModel",
+    "ManifoldGuard",
+    "ManifoldPrecision",
     "RandomForests",
     "RiemannianAdamW",
+    "RiemannianSGD",
     "TokenClassifier",
     "build_optimizer",
+    "replicate",
     "warmup_cosine",
 ]
