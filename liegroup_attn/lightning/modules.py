@@ -76,6 +76,7 @@ class LanguageModel(_Trained):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
+        streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
         rotary_layout: "half_split" or "interleaved"; null for no positions.
@@ -105,6 +106,7 @@ class LanguageModel(_Trained):
         width: int = 128,
         depth: int = 2,
         num_heads: int = 4,
+        streams: int = 1,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         rotary_layout: str | None = "half_split",
@@ -129,6 +131,7 @@ class LanguageModel(_Trained):
             dropout=dropout,
             rotary_layout=rotary_layout,
             rotary_base=rotary_base,
+            streams=streams,
         )
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.validation_perplexity, self.test_perplexity = Perplexity(), Perplexity()
@@ -182,6 +185,7 @@ class TokenClassifier(_Trained):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
+        streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
         rotary_layout: null (default), since tokens are a set; or "half_split" or "interleaved".
@@ -211,6 +215,7 @@ class TokenClassifier(_Trained):
         width: int = 64,
         depth: int = 1,
         num_heads: int = 4,
+        streams: int = 1,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
         rotary_layout: str | None = None,
@@ -233,6 +238,7 @@ class TokenClassifier(_Trained):
             dropout=dropout,
             rotary_layout=rotary_layout,
             rotary_base=rotary_base,
+            streams=streams,
         )
         self.head = nn.Linear(width, vocab_size)
         self.validation_accuracy = MulticlassAccuracy(vocab_size, average="micro")
@@ -314,6 +320,8 @@ class ImageClassifier(_Trained):
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
+        manifold_learning_rate: of parameters on a manifold; null is ``learning_rate``.
+        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
 
     Batches are ``{"tokens": (B, N, F), "labels": (B,)}``. Logs ``train/loss``; loss and accuracy for validation and test.
 
@@ -343,6 +351,8 @@ class ImageClassifier(_Trained):
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 50,
+        manifold_learning_rate: float | None = None,
+        momentum: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
