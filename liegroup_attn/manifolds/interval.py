@@ -63,6 +63,7 @@ class OpenInterval(FlatManifold):
 
     def projx(self, x: Tensor) -> Tensor:  # noqa: D102
         eps = torch.finfo(x.dtype).eps
+        x = x.abs()  # a number of the wrong sign keeps its size, see RateMatrices.projx
         if math.isinf(self.upper):
             return x.clamp(torch.finfo(x.dtype).tiny ** 0.5, torch.finfo(x.dtype).tiny ** -0.5)
         # Inside by one rounding unit of the chart, so that the metric stays finite.

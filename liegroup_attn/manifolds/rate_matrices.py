@@ -81,8 +81,12 @@ class RateMatrices(FlatManifold):
         return _closed_rows(x.clamp_(torch.full_like(most, least), most), torch.float64)
 
     def projx(self, x: Tensor) -> Tensor:
-        """The nearest rates that are allowed, and the diagonal that belongs to them."""
-        return self._kept(x.clone())
+        """Rates by their size, none off the support, and the diagonal that belongs to them.
+
+        An open set has no nearest point. A rate of the wrong sign keeps its size: at the least rate it would be nearest,
+        but infinitely far down the logarithm, and no gradient would ever move it again.
+        """
+        return self._kept(x.abs())
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         u = u.expand(torch.broadcast_shapes(x.shape, u.shape))

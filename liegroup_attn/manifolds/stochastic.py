@@ -37,9 +37,9 @@ class StochasticMatrices(geoopt.Manifold):
     __scaling__ = geoopt.Manifold.__scaling__.copy()
 
     def projx(self, x: Tensor) -> Tensor:
-        """Entries clamped to at least √tiny of the dtype, rows divided by their sums."""
+        """Entries by their size, at least √tiny of the dtype, rows divided by their sums."""
         least = torch.finfo(x.dtype).tiny ** 0.5
-        x = x.clamp(least, 1 / least)
+        x = x.abs().clamp(least, 1 / least)
         return x / x.sum(-1, keepdim=True)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
