@@ -3,5 +3,6 @@
 from geoopt import ManifoldParameter
 
 from liegroup_attn.manifolds.interval import OpenInterval
+from liegroup_attn.manifolds.parameter import declared, hold, off_manifold, restore
 
-__all__ = ["ManifoldParameter", "OpenInterval"]
+__all__ = ["ManifoldParameter", "OpenInterval", "declared", "hold", "off_manifold", "restore"]

@@ -15,7 +15,7 @@ from liegroup_attn.errors import CacheError, GeneratorError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
+from liegroup_attn.manifolds import OpenInterval, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 
@@ -91,7 +91,7 @@ class LieAttention(SelfAttention):
         self.allow_open_mask = allow_open_mask
         start = torch.full((num_heads, 1), float(time))
         if learn_time:
-            self.time = ManifoldParameter(start, manifold=OpenInterval(max_time))
+            self.time = hold(self, "time", start, OpenInterval(max_time))
         else:
             self.register_buffer("time", start)
         if learn_rates:
@@ -149,7 +149,7 @@ class LieAttention(SelfAttention):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        time, learned = state_dict.get(f"{prefix}time"), isinstance(self.time, ManifoldParameter)
+        time = state_dict.get(f"{prefix}time")
         if time is not None and not time.is_meta and not bool(((time >= 0) & (time <= self.max_time)).all()):
             args[-1].append(
                 f"{prefix}time: expected values in (0, max_time={self.max_time:g}), got up to {float(time.max()):g}; "
@@ -157,11 +157,6 @@ class LieAttention(SelfAttention):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if learned and not isinstance(self.time, ManifoldParameter):  # assign=True put a plain parameter here
-            self.time = ManifoldParameter(self.time.detach(), manifold=OpenInterval(self.max_time))
-        if learned and not self.time.is_meta:
-            with torch.no_grad():
-                self.time.proj_()
 
     def flow_time(self) -> Tensor:
         """t per head as used, (H, 1): learned time × ``time_scale``."""
