@@ -1,0 +1,137 @@
+"""Rate matrices, the interior of their cone, with the metric in which log-rates are straight coordinates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.manifolds.checks import Finding, beyond, finding, not_finite, not_positive
+from liegroup_attn.manifolds.flat import FlatManifold
+from liegroup_attn.manifolds.support import check_support, is_closed
+
+__all__ = ["RateMatrices"]
+
+
+class RateMatrices(FlatManifold):
+    """Rate matrices with positive rates on a support: Q_ij > 0 there, Q_ij = 0 elsewhere, Q_ii = −Σ_j Q_ij.
+
+    The metric ⟨U, V⟩ = Σ U_ij V_ij / Q_ij² over the transitions makes the log-rates a chart: geodesics multiply
+    rates, Q_ij exp(s U_ij / Q_ij), and no step of any size leaves the cone. The manifold is a product of half-lines,
+    so adaptive optimizers see every rate by itself: Riemannian Adam here is Adam on the log-rates.
+    Rates are kept within [√tiny, 1/√tiny] of the dtype (about 1e∓19 in float32), where the metric is finite.
+
+    Args:
+        n: number of states, ≥ 1.
+        support: (n, n) bool, True where a transition is allowed; the diagonal allows a token to stay. Default all.
+
+    Raises:
+        GeneratorError: n < 1.
+        DtypeError: support not bool.
+        MaskError: support not (n, n), with an empty row, or without any transition.
+
+    Example:
+        >>> m = RateMatrices(2)
+        >>> Q = torch.tensor([[-1.0, 1.0], [2.0, -2.0]])
+        >>> m.expmap(Q, torch.tensor([[0.0, 0.0], [-2e9, 2e9]])).sign()
+        tensor([[-1.,  1.],
+                [ 1., -1.]])
+        >>> m.logmap(Q, 2 * Q) / Q
+        tensor([[0.6931, 0.6931],
+                [0.6931, 0.6931]])
+
+    Source: [Norris1997]_, section 2.1 (rate matrices); [Amari2016]_ (metric from a chart).
+    """
+
+    ndim = 2
+    name = "RateMatrices"
+
+    def __init__(self, n: int, support: Tensor | None = None) -> None:
+        super().__init__()
+        # Plain tensors: a buffer would lend the manifold its dtype, and .to() does not reach a parameter's manifold.
+        self.transitions = check_support(n, support)
+        self.n = n
+        self.closed = is_closed(self.transitions)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        allowed = int(self.transitions.sum())
+        return f"n={self.n}" if allowed == self.n * (self.n - 1) else f"n={self.n}, transitions={allowed}"
+
+    def _allowed(self, x: Tensor) -> Tensor:
+        """The transitions, where x is."""
+        if self.transitions.device != x.device:
+            self.transitions = self.transitions.to(x.device)
+        return self.transitions
+
+    def _balance(self, rates: Tensor) -> Tensor:
+        """Rates with a zero diagonal, given the diagonal that makes rows sum to 0; in place."""
+        rates.diagonal(dim1=-2, dim2=-1).copy_(rates.sum(-1, dtype=torch.float64).neg_())
+        return rates
+
+    def _ratio(self, u: Tensor, x: Tensor) -> Tensor:
+        """u / x on the transitions, 0 elsewhere."""
+        return u / x.masked_fill(~self._allowed(x), torch.inf)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """The nearest rates that are allowed, and the diagonal that belongs to them."""
+        least = torch.finfo(x.dtype).tiny ** 0.5
+        return self._balance(x.clamp(least, 1 / least).masked_fill_(~self._allowed(x), 0))
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        u = u.expand(torch.broadcast_shapes(x.shape, u.shape))
+        return self._balance(u.masked_fill(~self._allowed(x), 0))
+
+    def chart(self, x: Tensor) -> Tensor:
+        """Log-rates; 0 off the support and on the diagonal."""
+        return x.masked_fill(~self._allowed(x), 1).log()
+
+    def from_chart(self, phi: Tensor) -> Tensor:
+        """The rate matrix of log-rates; entries off the support are ignored."""
+        return self.projx(phi.exp())
+
+    def push(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        return self._ratio(u, x)
+
+    def lift(self, x: Tensor, c: Tensor) -> Tensor:  # noqa: D102
+        return self._balance((x * c).masked_fill_(~self._allowed(x), 0))
+
+    def chart_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Q_ij (G_ij − G_ii): the diagonal moves against every rate of its row."""
+        return x * (gradient - gradient.diagonal(dim1=-2, dim2=-1)[..., None])
+
+    def difference(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logarithm of the quotients of rates."""
+        allowed = self._allowed(x)
+        return (y.masked_fill(~allowed, 1) / x.masked_fill(~allowed, 1)).log()
+
+    def move(self, x: Tensor, c: Tensor) -> Tensor:
+        """Rates times exp(c)."""
+        return self.projx(x * c.exp())
+
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Entry by entry; the diagonal has the row's sum."""
+        a = self._ratio(u, x)
+        entries = a * (a if v is None else self._ratio(v, x))
+        entries.diagonal(dim1=-2, dim2=-1).copy_(entries.sum(-1))
+        return entries
+
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
+        ok = len(shape) >= 2 and tuple(shape[-2:]) == (self.n, self.n)
+        return ok, None if ok else f"'{name}' must have shape (..., {self.n}, {self.n}), got {tuple(shape)}"
+
+    def _not_linear(self, u: Tensor, atol: float, rtol: float) -> str | None:
+        """A reason unless u is finite, 0 off the support and has zero row sums."""
+        off = ~self._allowed(u) & ~torch.eye(self.n, dtype=torch.bool, device=u.device)
+        return (
+            not_finite(u)
+            or beyond("entries off the support must be 0", u[..., off], atol)
+            or beyond("rows must sum to 0", u.sum(-1), atol + rtol * u.diagonal(dim1=-2, dim2=-1).abs())
+        )
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
+        wide = x.detach().to(torch.float64)
+        return finding(
+            self._not_linear(wide, atol, rtol), not_positive("rates on the support", wide[..., self._allowed(x)])
+        )
+
+    def _check_vector_on_tangent(self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
+        return finding(self._not_linear(u.detach().to(torch.float64), atol, rtol))
