@@ -170,7 +170,9 @@ def read_counts(path: str | Path, times: Sequence[float]) -> tuple[Tensor, list[
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"counts: expected a file of counts, got {str(path)!r}, which is none; correct the path")
+        raise FileNotFoundError(
+            f"counts: expected a file of counts, got {str(path)!r}, which is none; correct the path"
+        )
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as stored:
