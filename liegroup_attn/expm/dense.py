@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liegroup_attn.algebra import expm
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.expm.base import Method, mix_by
@@ -57,7 +58,7 @@ class MatrixExp(Method):
             if clock.resolvents is not None:
                 mixing = _resolvent(flow / clock.resolvents, clock.resolvents)
             elif isinstance(clock, FixedClock):
-                mixing = _matrix_exp(flow)
+                mixing = expm(flow)
             else:
                 raise GeneratorError(
                     f"clock: expected FixedClock, ExponentialClock or ErlangClock, got {clock!r}; use method=Uniformization()"
@@ -67,15 +68,6 @@ class MatrixExp(Method):
             # Squarings double the error of a row sum; rounding can leave −1e-9. Both are known exactly, so put back.
             mixing = mixing.clamp_min(0)
             return mixing / mixing.sum(-1, keepdim=True)
-
-
-def _matrix_exp(flow: Tensor) -> Tensor:
-    transposed = flow.mT.contiguous()  # matrix_exp fails on some strided inputs
-    if transposed.shape[:-2].numel() == 1:
-        # torch.matrix_exp of a single matrix goes through other, less accurate coefficients (pytorch #196592).
-        transposed = torch.cat([transposed, transposed.detach()])
-        return torch.matrix_exp(transposed)[: flow.size(0)].mT
-    return torch.matrix_exp(transposed).mT
 
 
 def _resolvent(flow: Tensor, power: int) -> Tensor:

@@ -51,10 +51,10 @@ class RateMatrices(FlatManifold):
         self.transitions = check_support(n, support)
         self.n = n
         self.closed = is_closed(self.transitions)
+        self._full = n > 1 and int(self.transitions.sum()) == n * (n - 1)
 
     def extra_repr(self) -> str:  # noqa: D102
-        allowed = int(self.transitions.sum())
-        return f"n={self.n}" if allowed == self.n * (self.n - 1) else f"n={self.n}, transitions={allowed}"
+        return f"n={self.n}" if self._full else f"n={self.n}, transitions={int(self.transitions.sum())}"
 
     def _allowed(self, x: Tensor) -> Tensor:
         """The transitions, where x is."""
@@ -62,41 +62,50 @@ class RateMatrices(FlatManifold):
             self.transitions = self.transitions.to(x.device)
         return self.transitions
 
-    def _balance(self, rates: Tensor) -> Tensor:
-        """Rates with a zero diagonal, given the diagonal that makes rows sum to 0; in place."""
-        rates.diagonal(dim1=-2, dim2=-1).copy_(rates.sum(-1, dtype=torch.float64).neg_())
-        return rates
-
-    def _ratio(self, u: Tensor, x: Tensor) -> Tensor:
-        """u / x on the transitions, 0 elsewhere."""
-        return u / x.masked_fill(~self._allowed(x), torch.inf)
+    def _kept(self, x: Tensor) -> Tensor:
+        """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; in place."""
+        least = torch.finfo(x.dtype).tiny ** 0.5
+        allowed = self._allowed(x).to(x.dtype)
+        x = x.clamp_(allowed * least, allowed / least)  # one pass: bounds [0, 0] where there is no transition
+        x.diagonal(dim1=-2, dim2=-1).copy_(x.sum(-1, dtype=torch.float64).neg_())
+        return x
 
     def projx(self, x: Tensor) -> Tensor:
         """The nearest rates that are allowed, and the diagonal that belongs to them."""
-        least = torch.finfo(x.dtype).tiny ** 0.5
-        return self._balance(x.clamp(least, 1 / least).masked_fill_(~self._allowed(x), 0))
+        return self._kept(x.clone())
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         u = u.expand(torch.broadcast_shapes(x.shape, u.shape))
-        return self._balance(u.masked_fill(~self._allowed(x), 0))
+        return _closed_rows(u.masked_fill(~self._allowed(x), 0))
 
     def chart(self, x: Tensor) -> Tensor:
-        """Log-rates; 0 off the support and on the diagonal."""
+        """Log-rates; 0 where there is no transition."""
         return x.masked_fill(~self._allowed(x), 1).log()
 
     def from_chart(self, phi: Tensor) -> Tensor:
-        """The rate matrix of log-rates; entries off the support are ignored."""
+        """The rate matrix of log-rates; entries where there is no transition are ignored."""
         return self.projx(phi.exp())
 
-    def push(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return self._ratio(u, x)
+    def _divide(self, u: Tensor, x: Tensor) -> Tensor:
+        """u / x, 0 where x is 0: off the support, and on the diagonal of states that cannot be left."""
+        if self._full:
+            return u / x
+        nowhere = ~(self._allowed(x) | self._allowed(x).any(-1).diag())
+        return u / (x + torch.zeros_like(nowhere, dtype=x.dtype).masked_fill_(nowhere, torch.inf))
 
-    def lift(self, x: Tensor, c: Tensor) -> Tensor:  # noqa: D102
-        return self._balance((x * c).masked_fill_(~self._allowed(x), 0))
+    def push(self, x: Tensor, u: Tensor) -> Tensor:
+        """Relative change of the rates, u / x; 0 where there is no transition."""
+        c = self._divide(u, x)
+        c.diagonal(dim1=-2, dim2=-1).zero_()
+        return c
+
+    def lift(self, x: Tensor, c: Tensor) -> Tensor:
+        """x ∘ c and the diagonal that belongs to it, for c that is 0 where there is no transition; c is used up."""
+        return _closed_rows(_times(c, x))
 
     def chart_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Q_ij (G_ij − G_ii): the diagonal moves against every rate of its row."""
-        return x * (gradient - gradient.diagonal(dim1=-2, dim2=-1)[..., None])
+        return _times(gradient - gradient.diagonal(dim1=-2, dim2=-1)[..., None], x)
 
     def difference(self, x: Tensor, y: Tensor) -> Tensor:
         """Logarithm of the quotients of rates."""
@@ -104,15 +113,17 @@ class RateMatrices(FlatManifold):
         return (y.masked_fill(~allowed, 1) / x.masked_fill(~allowed, 1)).log()
 
     def move(self, x: Tensor, c: Tensor) -> Tensor:
-        """Rates times exp(c)."""
-        return self.projx(x * c.exp())
+        """Rates times exp(c); c is used up."""
+        return self._kept(_times(c.exp_(), x))
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Q_ij exp(U_ij / Q_ij); the diagonal of u is not looked at."""
+        return self.move(x, self._divide(u, x))  # the diagonal is written anew anyway
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Entry by entry; the diagonal has the row's sum."""
-        a = self._ratio(u, x)
-        entries = a * (a if v is None else self._ratio(v, x))
-        entries.diagonal(dim1=-2, dim2=-1).copy_(entries.sum(-1))
-        return entries
+        """Entry by entry, U_ij V_ij / Q_ij²; on the diagonal too, where no step looks."""
+        a = self._divide(u, x)
+        return _times(a, a if v is None else self._divide(v, x))
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         ok = len(shape) >= 2 and tuple(shape[-2:]) == (self.n, self.n)
@@ -135,3 +146,15 @@ class RateMatrices(FlatManifold):
 
     def _check_vector_on_tangent(self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
         return finding(self._not_linear(u.detach().to(torch.float64), atol, rtol))
+
+
+def _closed_rows(u: Tensor) -> Tensor:
+    """The matrix with the diagonal that makes rows sum to 0, from one with a zero diagonal; in place."""
+    u.diagonal(dim1=-2, dim2=-1).copy_(u.sum(-1).neg_())
+    return u
+
+
+def _times(c: Tensor, x: Tensor) -> Tensor:
+    """c ∘ x, in the memory of c where it fits and no derivative needs c: new memory costs more than the product."""
+    fits = c.shape == torch.broadcast_shapes(c.shape, x.shape)
+    return c.mul_(x) if fits and not c.requires_grad else c * x

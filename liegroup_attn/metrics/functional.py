@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liegroup_attn.algebra import expm
 from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
 
 __all__ = ["attention_entropy", "bits_per_byte", "exit_rates", "expected_hops", "row_stochasticity_error"]
@@ -69,9 +70,9 @@ def expected_hops(generator: Tensor, time: float | Tensor = 1.0, *, exponential:
     if exponential:
         hops = torch.linalg.solve(torch.eye(n, dtype=tq.dtype, device=tq.device) - tq, exits)[..., 0]
     else:
-        # exp([[tQ, tq], [0, 0]]) holds the integral in its last column; the transpose has the smaller norm.
+        # exp([[tQ, tq], [0, 0]]) holds the integral in its last column.
         augmented = F.pad(torch.cat([tq, exits], -1), (0, 0, 0, 1))  # (..., N + 1, N + 1)
-        hops = _matrix_exp(augmented.mT).mT[..., :n, n]
+        hops = expm(augmented)[..., :n, n]
     return hops.masked_fill(~finite, math.nan).to(_at_least_float32(generator).dtype)
 
 
@@ -166,11 +167,3 @@ def _check_time(time: float | Tensor, batch: torch.Size, device: torch.device) -
             f"got {tuple(times.shape)}; expand the generator for several times at once"
         )
     return times.to(device)
-
-
-def _matrix_exp(matrix: Tensor) -> Tensor:
-    """exp of (..., M, M), never of a batch of one: there torch's coefficients are off (pytorch #196592)."""
-    flat = matrix.reshape(-1, *matrix.shape[-2:])  # (b, M, M)
-    if flat.shape[0] == 1:
-        return torch.matrix_exp(flat.expand(2, -1, -1).contiguous())[0].reshape(matrix.shape)
-    return torch.matrix_exp(flat.contiguous()).reshape(matrix.shape) if flat.numel() else matrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ShapeError, check_shape
+from liegroup_attn.algebra._square import square
 
 __all__ = ["is_rate_matrix"]
 
@@ -35,12 +35,8 @@ def is_rate_matrix(matrix: Tensor, atol: float | None = None) -> tuple[bool, str
 
     Source: [Norris1997]_, section 2.1.
     """
-    check_shape("matrix", matrix, least_rank=2, remedy="give square matrices (..., N, N)")
+    square("matrix", matrix)
     n = matrix.size(-1)
-    if matrix.size(-2) != n:
-        raise ShapeError(
-            f"matrix: expected square matrices (..., N, N), got shape {tuple(matrix.shape)}; drop the extra rows or columns"
-        )
     if matrix.numel() == 0:
         return True, None
     if not bool(torch.isfinite(matrix).all()):

@@ -1,0 +1,90 @@
+"""exp from the algebra to the group, and its derivative."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.algebra._square import square, squares
+
+__all__ = ["dexp", "expm"]
+
+
+def expm(X: Tensor) -> Tensor:
+    """Exponential exp(X) = Σ_k Xᵏ/k!: ``torch.matrix_exp`` where it is exact.
+
+    Never in half precision nor under autocast (garbage), never of a batch of one (torch's other coefficients are
+    less exact), and of the transpose where that has the smaller norm: a sink column then costs no digits.
+    Differentiable any number of times.
+
+    Args:
+        X: (..., N, N), any real matrices; for the transition matrix P(t) pass tQ.
+
+    Returns:
+        (..., N, N), in float32 for half-precision X. Of a rate matrix it is stochastic up to rounding. NaN or inf in
+        one matrix of the batch makes NaN of that one.
+
+    Raises:
+        DtypeError: not floating point.
+        ShapeError: not square.
+
+    Example:
+        >>> expm(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+        tensor([[0.5677, 0.4323],
+                [0.4323, 0.5677]])
+
+    Source: [AlMohy2009]_, [Moler2003]_.
+    """
+    X = square("X", X)
+    if X.numel() == 0:
+        return X.clone()
+    with torch.autocast(X.device.type, enabled=False):
+        size = X.detach().abs()
+        lighter = (size.sum(-1).amax(-1) < size.sum(-2).amax(-1))[..., None, None]  # ‖Xᵀ‖₁ < ‖X‖₁
+        flat = torch.where(lighter, X.mT, X).reshape(-1, *X.shape[-2:])  # (b, N, N)
+        if flat.size(0) == 1:  # torch.matrix_exp of a single matrix is less exact (pytorch #196592)
+            flat = torch.cat([flat, flat.detach()])
+        result = torch.matrix_exp(flat.contiguous())[: X.shape[:-2].numel()].reshape(X.shape)
+        return torch.where(lighter, result.mT, result)
+
+
+def dexp(X: Tensor, H: Tensor) -> Tensor:
+    """Fréchet derivative of exp at X in the direction H, ∫₀¹ e^{(1−s)X} H e^{sX} ds = d/dε exp(X + εH) at ε = 0.
+
+    The upper right block of exp([[X, H], [0, X]]). Linear in H; differentiable in both, any number of times.
+
+    Args:
+        X: (..., N, N).
+        H: (..., N, N), broadcasts with X.
+
+    Returns:
+        (..., N, N).
+
+    Raises:
+        DtypeError: not floating point.
+        ShapeError: not square, or the shapes do not go together.
+
+    Example:
+        >>> X = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+        >>> torch.allclose(dexp(X, X), X @ expm(X))  # they commute: d/dt exp(tX) at t = 1
+        True
+
+    Source: [Higham2008]_, chapters 3 and 10.
+    """
+    X, H = squares(("X", X), ("H", H))
+    if X.numel() == 0:
+        return X.clone()
+    with torch.autocast(X.device.type, enabled=False):
+        block, scale = derivative_block(X, H)
+        return scale * expm(block)[..., : X.size(-1), X.size(-1) :]
+
+
+def derivative_block(A: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+    """[[A, E/c], [0, A]] and c, for f([[A, E], [0, A]]) = [[f(A), f'(A; E)], [0, f(A)]].
+
+    f' is linear in E, so any c may be taken: here E is made as large as A, lest it cost scalings or digits.
+    """
+    size, weight = (torch.linalg.matrix_norm(M.detach())[..., None, None] for M in (A, E))
+    scale = torch.where((size > 0) & (weight > 0), weight / size, 1)
+    upper = torch.cat([A, E / scale], -1)  # (..., N, 2N)
+    return torch.cat([upper, torch.cat([torch.zeros_like(A), A], -1)], -2), scale
