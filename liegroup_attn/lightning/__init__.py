@@ -2,20 +2,27 @@
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, RandomForests, TransitionCounts
+from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
-from liegroup_attn.lightning.optim import RiemannianAdamW, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.precision import ManifoldPrecision
 from liegroup_attn.lightning.rates import RateEstimator
+from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
     "ByteCorpus",
     "ExactResume",
     "GeneratorMonitor",
     "LanguageModel",
+    "ManifoldGuard",
+    "ManifoldPrecision",
     "RandomForests",
     "RateEstimator",
     "RiemannianAdamW",
+    "RiemannianSGD",
     "TokenClassifier",
     "TransitionCounts",
     "build_optimizer",
+    "replicate",
     "warmup_cosine",
 ]

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from liegroup_attn.errors import ConvergenceError
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
+from liegroup_attn.lightning.guard import ManifoldGuard
 
 __all__ = ["LieCLI", "main"]
 
@@ -38,7 +39,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
 
 
 class LieCLI(LightningCLI):
-    """LightningCLI for any module and data module, with exact resumption and the generator monitor on."""
+    """LightningCLI for any module and data module, with exact resumption, generator monitor and manifold guard on."""
 
     def __init__(self, callbacks: Sequence[L.Callback] | None = None, **options: Any) -> None:
         super().__init__(
@@ -48,7 +49,7 @@ class LieCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [ExactResume(), GeneratorMonitor(), *(callbacks or ())]},
+            trainer_defaults={"callbacks": [ExactResume(), GeneratorMonitor(), ManifoldGuard(), *(callbacks or ())]},
             **options,
         )
 

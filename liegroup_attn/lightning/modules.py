@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.lightning.optim import build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianSGD, build_optimizer, warmup_cosine
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
@@ -25,7 +26,13 @@ class _Trained(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         h = self.hparams
-        optimizer = build_optimizer(self, h.learning_rate, h.weight_decay)
+        optimizer = build_optimizer(
+            self,
+            h.learning_rate,
+            h.weight_decay,
+            manifold_learning_rate=h.manifold_learning_rate,
+            optimizer=None if h.momentum is None else partial(RiemannianSGD, momentum=h.momentum),
+        )
         schedule = warmup_cosine(optimizer, h.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -77,6 +84,8 @@ class LanguageModel(_Trained):
         warmup_steps: of the linear rise.
         continuation: what ``predict`` does to its prompts: arguments of ``generate``, e.g. ``{"max_new_tokens": 64,
             "temperature": 0.8, "top_p": 0.9, "seed": 0}``; default 64 most probable tokens.
+        manifold_learning_rate: of parameters on a manifold, such as learned times; null is ``learning_rate``.
+        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
 
     Batches are ``{"tokens": (B, N), "targets": (B, N)}``. Logs ``train/loss`` and, for validation and test, loss
     (nats), perplexity and bits per byte.
@@ -103,6 +112,8 @@ class LanguageModel(_Trained):
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
         continuation: dict[str, Any] | None = None,
+        manifold_learning_rate: float | None = None,
+        momentum: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -177,6 +188,8 @@ class TokenClassifier(_Trained):
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
+        manifold_learning_rate: of parameters on a manifold, such as learned times; null is ``learning_rate``.
+        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
 
     Batches are ``{"tokens": (B, N, F), "labels": (B, N), "depth": (B, N)}``. Logs ``train/loss``; loss and accuracy for
     validation; accuracy and accuracy by depth for each test set, the first named ``test``, the second ``deeper``.
@@ -204,6 +217,8 @@ class TokenClassifier(_Trained):
         learning_rate: float = 3e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 50,
+        manifold_learning_rate: float | None = None,
+        momentum: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()

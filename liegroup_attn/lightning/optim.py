@@ -1,4 +1,4 @@
-"""One optimizer for every variant: AdamW on free parameters, Riemannian Adam on manifolds, warm-up and cosine."""
+"""One optimizer for every variant: AdamW or SGD on free parameters, their Riemannian forms on manifolds, warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,80 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from liegroup_attn.manifolds import ManifoldParameter
+from liegroup_attn.manifolds import ManifoldParameter, restore
 
-__all__ = ["RiemannianAdamW", "build_optimizer", "warmup_cosine"]
+__all__ = ["RiemannianAdamW", "RiemannianSGD", "build_optimizer", "is_riemannian", "stabilize", "warmup_cosine"]
+
+_REMEDIES = {
+    "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
+    "decoupled_weight_decay": "geoopt does not heed it; use decay, which is decoupled",
+    "maximize": "geoopt does not heed it; negate the loss",
+    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), "geoopt does not heed it; leave it out"),
+}
 
 
-class RiemannianAdamW(geoopt.optim.RiemannianAdam):
+class _Decoupled(geoopt.optim.mixin.OptimMixin):
+    """What both Riemannian optimizers share: decoupled decay, and refusing what geoopt would silently ignore."""
+
+    _decay = 0.0
+    _own: str  # an option that only this optimizer's groups have
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
+        _refuse_ignored(self.defaults | param_group)
+        param_group.setdefault("decay", self._decay)
+        super().add_param_group(param_group)
+        if param_group["decay"] and any(isinstance(p, ManifoldParameter) for p in param_group["params"]):
+            raise ValueError(
+                f"decay: expected 0 for parameters on a manifold, got {param_group['decay']}; put them in a group of their own"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load, keeping ``step`` an integer so that a resumed run is bitwise the uninterrupted one."""
+        for group in state_dict["param_groups"]:
+            if missing := [name for name in ("decay", self._own) if name not in group]:
+                raise ValueError(
+                    f"state_dict: expected the groups of {type(self).__name__}, got some without {missing[0]}; it is the "
+                    "state of another optimizer, load it there"
+                )
+            _refuse_ignored(group)
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = int(state["step"])
+
+    def _begin(self, closure: Callable[[], Any] | None) -> Any:
+        """The closure's loss, then decay."""
+        if torch.compiler.is_compiling():
+            _refuse_compilation()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["decay"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(1 - group["lr"] * group["decay"])
+        return loss
+
+
+def _refuse_ignored(group: dict[str, Any]) -> None:
+    for option, remedy in _REMEDIES.items():
+        if group.get(option):
+            raise ValueError(f"{option}: expected it off, got {group[option]}; {remedy}")
+
+
+@torch.compiler.disable
+def _refuse_compilation() -> None:
+    # Not compiled itself: an exception inside compiled code only sends the compiler to the functions within.
+    raise RuntimeError(
+        "optimizer: expected a step that is not compiled, got torch.compile(optimizer.step), which forgets the manifolds; "
+        "compile the module alone"
+    )
+
+
+class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
     """geoopt's RiemannianAdam with decoupled weight decay; on free parameters it is ``torch.optim.AdamW``.
 
     geoopt's own ``weight_decay`` is an L2 penalty inside the gradient and it ignores ``decoupled_weight_decay``:
@@ -30,12 +98,15 @@ class RiemannianAdamW(geoopt.optim.RiemannianAdam):
         eps: as in Adam.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
         stabilize: project manifold parameters every so many steps.
+        **options: of ``torch.optim.Adam``; ``amsgrad`` is the one that geoopt heeds.
 
     Raises:
-        ValueError: decay on a parameter that lives on a manifold.
+        ValueError: decay on a parameter that lives on a manifold; an option that geoopt would ignore.
 
     Source: [Becigneul2019]_, [Loshchilov2019]_, [Kochurov2020]_.
     """
+
+    _own = "betas"
 
     def __init__(
         self,
@@ -45,60 +116,167 @@ class RiemannianAdamW(geoopt.optim.RiemannianAdam):
         eps: float = 1e-8,
         decay: float = 0.0,
         stabilize: int = 10,
+        **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, stabilize=stabilize)
-        for group in self.param_groups:
-            group.setdefault("decay", decay)
-            if group["decay"] and any(isinstance(p, ManifoldParameter) for p in group["params"]):
-                raise ValueError(
-                    f"decay: expected 0 for parameters on a manifold, got {group['decay']}; put them in a group of their own"
-                )
+        self._decay = decay
+        super().__init__(params, lr=lr, betas=betas, eps=eps, stabilize=stabilize, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see ``torch.optim.Optimizer.step``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["decay"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.mul_(1 - group["lr"] * group["decay"])
+        loss = self._begin(closure)
         super().step()
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping ``step`` an integer so that a resumed run is bitwise the uninterrupted one."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = int(state["step"])
+
+class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
+    """Riemannian SGD with momentum and decoupled weight decay; on free parameters it is ``torch.optim.SGD``.
+
+    Momentum is a tangent vector and is transported along with the point. It starts as the first gradient, as in torch;
+    geoopt's starts (1 + momentum − dampening) times as large, and with a Euclidean gradient.
+
+    Args:
+        params: parameters or groups; ``decay`` per group is the decoupled weight decay.
+        lr: learning rate.
+        momentum: factor of the old direction, ≥ 0.
+        dampening: the new gradient enters with 1 − dampening.
+        nesterov: look ahead; needs momentum and no dampening.
+        decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
+        stabilize: project manifold parameters every so many steps.
+        **options: refused by name: ``maximize``, ``foreach``, ``fused``, ``differentiable``, ``weight_decay``.
+
+    Raises:
+        ValueError: decay on a parameter that lives on a manifold; an option that would be ignored.
+
+    Example:
+        >>> x = ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())
+        >>> optimizer = RiemannianSGD([x], lr=1.0)
+        >>> x.grad = torch.tensor([5.0, -1.0])
+        >>> optimizer.step()
+        >>> x.detach()
+        tensor([0.7071, 0.7071])
+
+    Source: [Bonnabel2013]_, [Kochurov2020]_.
+    """
+
+    _own = "momentum"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        decay: float = 0.0,
+        stabilize: int = 10,
+        **options: Any,
+    ) -> None:
+        _refuse_ignored(options)
+        self._decay = decay
+        super().__init__(
+            params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, stabilize=stabilize, **options
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; see ``torch.optim.Optimizer.step``."""
+        loss = self._begin(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for point in group["params"]:
+                if point.grad is not None:
+                    self._move(point, group)
+            if group["stabilize"] is not None and group["step"] % group["stabilize"] == 0:
+                self.stabilize_group(group)
+        return loss
+
+    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> None:
+        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
+        gradient, momentum, state = manifold.egrad2rgrad(point, point.grad), group["momentum"], self.state[point]
+        if not momentum:
+            point.copy_(manifold.retr(point, -group["lr"] * gradient))
+            return
+        if "momentum_buffer" in state:
+            state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
+        else:
+            state["momentum_buffer"] = gradient.clone()
+        velocity = state["momentum_buffer"]
+        direction = gradient + momentum * velocity if group["nesterov"] else velocity
+        there, carried = manifold.retr_transp(point, -group["lr"] * direction, velocity)
+        point.copy_(there)
+        velocity.copy_(carried)
 
 
 def build_optimizer(
-    module: nn.Module, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)
+    module: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    *,
+    manifold_learning_rate: float | None = None,
+    optimizer: Callable[..., Optimizer] | None = None,
 ) -> Optimizer:
-    """One optimizer for a module: AdamW without manifold parameters, else ``RiemannianAdamW``.
+    """One optimizer for a module: AdamW without manifold parameters, else ``RiemannianAdamW``; or one of your choice.
 
-    Groups: matrices decay; norms, biases and embeddings do not; parameters on a manifold never do.
+    Groups: matrices decay; norms, biases and embeddings do not; parameters on a manifold never do. Declared parameters
+    that have become plain ones are first made manifold parameters again, see ``manifolds.restore``.
 
     Args:
         module: holds the parameters.
         learning_rate: > 0.
         weight_decay: decoupled, ≥ 0, on matrices only.
         betas: of Adam.
+        manifold_learning_rate: > 0, of parameters on a manifold; None is ``learning_rate``. Steps there are measured by
+            the manifold's metric.
+        optimizer: ``RiemannianSGD`` or ``RiemannianAdamW``, or a ``functools.partial`` of one that sets its options;
+            called with the groups and ``lr``. None chooses Adam as said above, with ``betas``.
 
     Returns:
-        The optimizer; both kinds make the same steps on free parameters.
+        The optimizer; both kinds of Adam make the same steps on free parameters.
+
+    Raises:
+        ValueError: ``manifold_learning_rate`` not positive; another optimizer than those named.
 
     Example:
         >>> [len(g["params"]) for g in build_optimizer(nn.Linear(2, 2), 1e-3).param_groups]
         [1, 1]
+        >>> from functools import partial
+        >>> chosen = partial(RiemannianSGD, momentum=0.9, nesterov=True)
+        >>> type(build_optimizer(nn.Linear(2, 2), 1e-1, optimizer=chosen)).__name__
+        'RiemannianSGD'
 
     Source: [Loshchilov2019]_, [Kochurov2020]_.
     """
+    if manifold_learning_rate is not None and not manifold_learning_rate > 0:
+        raise ValueError(
+            f"manifold_learning_rate: expected a positive number, got {manifold_learning_rate}; None is learning_rate"
+        )
+    restore(module)
+    on_manifold, matrices, others = _sort_parameters(module)
+    key = "decay" if on_manifold or optimizer is not None else "weight_decay"
+    groups: list[dict[str, Any]] = [
+        {"params": params, key: decay}
+        for params, decay in ((matrices, weight_decay), (others, 0.0), (on_manifold, 0.0))
+        if params
+    ]
+    if on_manifold and manifold_learning_rate is not None:
+        groups[-1]["lr"] = manifold_learning_rate
+    if optimizer is not None:
+        built = optimizer(groups, lr=learning_rate)
+        if not isinstance(built, _Decoupled):
+            raise ValueError(
+                f"optimizer: expected RiemannianSGD or RiemannianAdamW, got {type(built).__name__}; others know nothing "
+                "of manifolds and of decay per group"
+            )
+        return built
+    if on_manifold:
+        return RiemannianAdamW(groups, lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+
+def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Those on a manifold, matrices, and the others."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     on_manifold, matrices, others = [], [], []
     for parameter in module.parameters():
@@ -110,15 +288,18 @@ def build_optimizer(
             matrices.append(parameter)
         else:
             others.append(parameter)
-    key = "decay" if on_manifold else "weight_decay"
-    groups = [
-        {"params": params, key: decay}
-        for params, decay in ((matrices, weight_decay), (others, 0.0), (on_manifold, 0.0))
-        if params
-    ]
-    if on_manifold:
-        return RiemannianAdamW(groups, lr=learning_rate, betas=betas)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    return on_manifold, matrices, others
+
+
+def is_riemannian(optimizer: Optimizer) -> bool:
+    """Whether an optimizer moves manifold parameters along their manifolds: one of ours or of geoopt's."""
+    return isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
+
+
+def stabilize(optimizer: Optimizer) -> None:
+    """Project the points of an optimizer's manifold parameters, and their momenta on the tangent spaces there."""
+    if isinstance(optimizer, geoopt.optim.mixin.OptimMixin):
+        optimizer.stabilize()
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 0.1) -> LambdaLR:

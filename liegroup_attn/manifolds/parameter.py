@@ -62,7 +62,7 @@ def hold(module: nn.Module, name: str, point: Tensor, manifold: geoopt.Manifold)
     if not point.is_meta:
         if not bool(torch.isfinite(point).all()):
             raise GeneratorError(f"{name}: expected finite entries, got NaN or inf; start from a point of {manifold}")
-        point = _settle(name, point, manifold)
+        point = _settle(name, point, manifold).to(point.dtype)
     parameter = _as_manifold_parameter(nn.Parameter(point), manifold)
     module.register_parameter(name, parameter)
     if _DECLARED not in module.__dict__:
@@ -162,7 +162,7 @@ def _project(wide: Tensor, manifold: geoopt.Manifold) -> Tensor:
 
 @torch.no_grad()
 def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
-    """The point, projected when it is off; with a warning when it is off by more than rounding."""
+    """The point, or its projection in at least float32; with a warning when it was off by more than rounding."""
     wide = _wide(point)
     distance = float(off_manifold(wide, manifold))
     if distance <= _TOLERANCE and manifold.check_point_on_manifold(wide):
@@ -174,11 +174,16 @@ def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
             UserWarning,
             stacklevel=3,
         )
-    return _project(wide, manifold).to(point.dtype)
+    return _project(wide, manifold)
 
 
 def _settle_loaded(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *messages: list[str]
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    *messages: list[str],
 ) -> None:
     """Before values are loaded: put them on their manifolds, or refuse them and keep the parameter's own."""
     for name, manifold in module.__dict__[_DECLARED].items():
@@ -189,7 +194,8 @@ def _settle_loaded(
         if own is None or loaded.shape != own.shape:
             continue  # torch refuses it
         if bool(torch.isfinite(loaded).all()):
-            state_dict[key] = _settle(key, loaded.detach(), manifold)
+            settled = _settle(key, loaded.detach(), manifold)
+            state_dict[key] = settled.to(loaded.dtype) if metadata.get("assign_to_params_buffers") else settled
         else:
             messages[-1].append(
                 f"{key}: expected finite values, got NaN or inf; take a checkpoint from before the run diverged"

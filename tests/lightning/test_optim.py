@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import partial
 
 import geoopt
 import pytest
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, build_optimizer, warmup_cosine
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval
+from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, hold
 from liegroup_attn.nn import LieAttention, Transformer
 
 
@@ -97,6 +98,148 @@ def test_parameters_without_a_gradient_stay():
     assert torch.equal(parameter, torch.ones(2, 2))
 
 
+# SGD
+
+SGDS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "dampened": {"momentum": 0.9, "dampening": 0.3},
+    "nesterov": {"momentum": 0.8, "nesterov": True},
+}
+sgds = pytest.mark.parametrize("options", SGDS.values(), ids=SGDS)
+
+
+@sgds
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_on_free_parameters_it_is_sgd_with_decoupled_decay(options, decay):
+    ours, theirs = net(), net()
+    one = RiemannianSGD(ours.parameters(), lr=0.1, decay=decay, **options)
+    two = torch.optim.SGD(theirs.parameters(), lr=0.1, **options)
+    for step in range(50):
+        train(ours, one, range(step, step + 1))
+        old = [p.detach().clone() for p in theirs.parameters()]
+        train(theirs, two, range(step, step + 1))
+        with torch.no_grad():  # torch's SGD has no decoupled decay: it shrinks the parameter before the step
+            for p, before in zip(theirs.parameters(), old, strict=True):
+                p.sub_(0.1 * decay * before)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+@sgds
+def test_on_a_manifold_it_is_sgd_in_the_chart(options):
+    """On an isometric line the Riemannian gradient is the chart's, momentum is carried along unchanged."""
+    line = OpenInterval(4.0)
+    start = torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)
+    point, phi = ManifoldParameter(start.clone(), manifold=line), nn.Parameter(line.chart(start))
+    one, two = RiemannianSGD([point], lr=0.05, **options), torch.optim.SGD([phi], lr=0.05, **options)
+    best = torch.tensor([3.0, 0.1, 1.0], dtype=torch.float64)
+    for _ in range(50):
+        for optimizer, x in ((one, point), (two, phi)):
+            optimizer.zero_grad()
+            ((x if x is point else line.from_chart(x)) - best).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(line.chart(point).detach(), phi.detach(), atol=1e-8, rtol=0)
+
+
+@sgds
+def test_on_a_sphere_it_finds_an_eigenvector(options):
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64))
+    x = ManifoldParameter(torch.full((3,), 3**-0.5, dtype=torch.float64), manifold=geoopt.Sphere())
+    optimizer = RiemannianSGD([x], lr=0.05, **options)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-(x @ matrix @ x)).backward()
+        optimizer.step()
+    torch.testing.assert_close(x.detach().abs(), torch.tensor([1.0, 0, 0], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@sgds
+def test_a_loaded_sgd_continues_bitwise(options):
+    whole = net()
+    optimizer = RiemannianSGD(whole.parameters(), lr=0.1, decay=0.1, stabilize=3, **options)
+    train(whole, optimizer, range(7))
+    file = io.BytesIO()
+    torch.save([whole.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    train(whole, optimizer, range(7, 20))
+    resumed, states = net(), torch.load(file, weights_only=True)
+    second = RiemannianSGD(resumed.parameters())
+    resumed.load_state_dict(states[0])
+    second.load_state_dict(states[1])
+    train(resumed, second, range(7, 20))
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# what geoopt would ignore
+
+IGNORED = {
+    "maximize": (True, "negate the loss"),
+    "foreach": (True, "leave it out"),
+    "fused": (True, "leave it out"),
+    "capturable": (True, "leave it out"),
+    "differentiable": (True, "leave it out"),
+    "decoupled_weight_decay": (True, "use decay"),
+    "weight_decay": (0.1, "use decay"),
+}
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+@pytest.mark.parametrize("option", IGNORED)
+def test_ignored_options_are_refused_by_name(cls, option):
+    value, remedy = IGNORED[option]
+    message = rf"{option}: expected it off, got {value}; .*{remedy}"
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        cls([parameter], **{option: value})
+    with pytest.raises(ValueError, match=message):
+        cls([{"params": [parameter], option: value}])
+    optimizer = cls([parameter])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], option: value})
+    state = optimizer.state_dict()
+    state["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+def test_the_state_of_another_optimizer_is_refused(cls):
+    module = net()
+    other = torch.optim.AdamW(module.parameters(), weight_decay=0.0)
+    with pytest.raises(ValueError, match=rf"state_dict: expected the groups of {cls.__name__}, got some without decay"):
+        cls(module.parameters()).load_state_dict(other.state_dict())
+    other, option = (RiemannianSGD, "betas") if cls is RiemannianAdamW else (RiemannianAdamW, "momentum")
+    with pytest.raises(ValueError, match=f"got some without {option}; it is the state of another optimizer"):
+        cls(module.parameters()).load_state_dict(other(module.parameters()).state_dict())
+
+
+def test_an_option_that_geoopt_heeds_and_one_that_nobody_has():
+    parameter = nn.Parameter(torch.ones(2))
+    assert RiemannianAdamW([parameter], amsgrad=True).param_groups[0]["amsgrad"]
+    for cls in (RiemannianAdamW, RiemannianSGD):
+        with pytest.raises(TypeError, match="speed"):
+            cls([parameter], speed=3)
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+def test_a_compiled_step_is_refused(cls):
+    """Compiled, geoopt's step forgets the manifolds and says nothing."""
+    x = ManifoldParameter(torch.tensor([0.6, 0.8]), manifold=geoopt.Sphere())
+    optimizer = cls([x], lr=0.1)
+    x.grad = torch.tensor([1.0, 2.0])
+    torch.compiler.reset()
+    with pytest.raises(
+        RuntimeError, match=r"expected a step that is not compiled, got torch\.compile.*compile the module"
+    ):
+        torch.compile(optimizer.step, backend="eager")()
+    assert x.tolist() == pytest.approx([0.6, 0.8])
+    optimizer.step()
+    assert x.manifold.check_point_on_manifold(x)
+    assert x.tolist() != pytest.approx([0.6, 0.8])
+
+
 # manifolds
 
 
@@ -166,6 +309,48 @@ def test_a_model_has_every_parameter_once():
     tied.head.weight = tied.embedding.weight
     groups = build_optimizer(tied, 1e-3, 0.1).param_groups
     assert not any(g["decay"] for g in groups if any(p is tied.embedding.weight for p in g["params"]))
+
+
+@pytest.mark.parametrize(
+    "cls", [RiemannianSGD, partial(RiemannianSGD, momentum=0.9), partial(RiemannianAdamW, eps=1e-6)]
+)
+@pytest.mark.parametrize("lie", [True, False])
+def test_an_optimizer_of_choice(cls, lie):
+    optimizer = build_optimizer(Everything(lie), 3e-3, 0.1, optimizer=cls)
+    assert type(optimizer) is getattr(cls, "func", cls)
+    assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
+    assert [group["decay"] for group in optimizer.param_groups] == [0.1, 0.0, *([0.0] if lie else [])]
+    for key, value in getattr(cls, "keywords", {}).items():
+        assert {group[key] for group in optimizer.param_groups} == {value}
+
+
+def test_only_our_optimizers_may_be_chosen():
+    with pytest.raises(ValueError, match="optimizer: expected RiemannianSGD or RiemannianAdamW, got SGD; others know"):
+        build_optimizer(Everything(lie=True), 1e-3, optimizer=torch.optim.SGD)
+
+
+def test_a_learning_rate_for_manifolds():
+    groups = build_optimizer(Everything(lie=True), 3e-3, manifold_learning_rate=0.5).param_groups
+    assert [group["lr"] for group in groups] == [3e-3, 3e-3, 0.5]
+    assert isinstance(groups[-1]["params"][0], ManifoldParameter)
+    assert {g["lr"] for g in build_optimizer(Everything(lie=False), 3e-3, manifold_learning_rate=0.5).param_groups} == {
+        3e-3
+    }
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="manifold_learning_rate: expected a positive number, got"):
+            build_optimizer(net(), 1e-3, manifold_learning_rate=wrong)
+
+
+def test_declared_parameters_that_became_plain_are_found():
+    module = nn.Module()
+    hold(module, "frame", torch.eye(3)[:, :2], geoopt.Stiefel())
+    module.frame = nn.Parameter(module.frame.detach())
+    optimizer = build_optimizer(module, 0.1, 0.5)
+    assert type(optimizer) is RiemannianAdamW
+    assert optimizer.param_groups[0]["params"][0] is module.frame
+    module.frame.grad = torch.ones(3, 2)
+    optimizer.step()
+    assert module.frame.manifold.check_point_on_manifold(module.frame)
 
 
 # state
