@@ -40,7 +40,7 @@ def _errors(ax: Axes, results: list[dict[str, Any]]) -> None:
         rows = [[c["error"] for c in result["cells"] if c["estimator"] == name] for result in results]
         curves[label] = (sizes, [[math.nan if e is None else 100 * e for e in row] for row in rows])
     plot_curves(curves, ax=ax, xlabel="transitions n", ylabel="‖Q̂ − Q‖ / ‖Q‖ (%)", colors=COLORS)
-    for name, bound in setting["bounds"].items():
+    for name, bound in results[0]["bounds"].items():
         limit = [100 * bound / math.sqrt(n) for n in sizes]
         ax.plot(sizes, limit, color=COLORS[LABELS[name]], linewidth=1, linestyle=(0, (1, 2)))
     ax.plot([], [], color="#555555", linewidth=1, linestyle=(0, (1, 2)), label="Cramér–Rao bound of the family")

@@ -79,7 +79,7 @@ def _errors(results: list[Result]) -> str:
         [title, *(_spread(values(results, name, n, "error"), 100) for n in sizes)] for name, title in TITLES.items()
     ]
     names = {"reversible": "in detailed balance", "likelihood": "all rate matrices"}
-    for name, bound in sorted(setting["bounds"].items(), reverse=True):
+    for name, bound in sorted(results[0]["bounds"].items(), reverse=True):
         rows.append([f"Cramér–Rao bound, {names[name]}", *(_percent(100 * bound / math.sqrt(n)) for n in sizes)])
     return _table(header, rows)
 

