@@ -17,11 +17,11 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     """How far a point is off a manifold: the largest |x − projx(x)| / max(1, |x|) over its entries.
 
     Args:
-        x: (..., as the manifold wants it).
+        x: (..., as the manifold wants it); half precision is measured in float32.
         manifold: any geoopt manifold.
 
     Returns:
-        A number, 0-dimensional; NaN where x has NaN, 0 without entries.
+        A number in at least float32, 0-dimensional; NaN where x has NaN, 0 without entries.
 
     Raises:
         ShapeError: x does not have the manifold's shape.
@@ -34,7 +34,8 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     ok, reason = manifold.check_point(x, explain=True)
     if not ok:
         raise ShapeError(f"x: expected a point on {manifold}, got shape {tuple(x.shape)}; {reason}")
-    with torch.no_grad():
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # decompositions do not run in half precision
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         apart = (x - manifold.projx(x)).abs() / x.abs().clamp(min=1)
     return apart.max() if apart.numel() else apart.sum()
 

@@ -1,4 +1,4 @@
-"""Parameters that stay on their manifold, whatever is loaded into their module, and how far a point is off."""
+"""Parameters that stay on their manifold, whatever is loaded into their module."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
+from liegroup_attn.manifolds.checks import off_manifold
 
-__all__ = ["declared", "hold", "off_manifold", "restore"]
+__all__ = ["declared", "hold", "restore"]
 
 _DECLARED = "_declared_manifolds"  # in a module's __dict__: name of the parameter → manifold
 _TOLERANCE = 1e-5  # geoopt's
@@ -114,27 +115,6 @@ def restore(module: nn.Module) -> list[str]:
     return mended
 
 
-@torch.no_grad()
-def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
-    """How far a tensor is from its projection: largest |x − projx(x)|, relative to max(1, largest |x|).
-
-    Args:
-        x: (..., the manifold's dimensions); half precision is measured in float32.
-        manifold: with ``projx``.
-
-    Returns:
-        Scalar ≥ 0 in at least float32; NaN when x has any.
-
-    Example:
-        >>> off_manifold(torch.tensor([0.0, 3.0]), geoopt.Sphere())
-        tensor(0.6667)
-    """
-    wide = _wide(x)
-    if wide.numel() == 0:
-        return wide.new_zeros(())
-    return (wide - _project(wide, manifold)).abs().amax() / wide.abs().amax().clamp_min(1)
-
-
 def _declarations(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, geoopt.Manifold]]:
     """Full name, owner, name in the owner and manifold."""
     for prefix, owner in module.named_modules():
@@ -150,20 +130,10 @@ def _as_manifold_parameter(parameter: nn.Parameter, manifold: geoopt.Manifold) -
     return changed
 
 
-def _wide(x: Tensor) -> Tensor:
-    """In at least float32 and plain: decompositions do not run in half precision."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _project(wide: Tensor, manifold: geoopt.Manifold) -> Tensor:
-    with torch.autocast(wide.device.type, enabled=False):
-        return manifold.projx(wide)
-
-
 @torch.no_grad()
 def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
     """The point, or its projection in at least float32; with a warning when it was off by more than rounding."""
-    wide = _wide(point)
+    wide = point.to(torch.promote_types(point.dtype, torch.float32))  # decompositions do not run in half precision
     distance = float(off_manifold(wide, manifold))
     if distance <= _TOLERANCE and manifold.check_point_on_manifold(wide):
         return point  # bit by bit, so that a resumed run is the uninterrupted one
@@ -174,7 +144,8 @@ def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
             UserWarning,
             stacklevel=3,
         )
-    return _project(wide, manifold)
+    with torch.autocast(wide.device.type, enabled=False):
+        return manifold.projx(wide)
 
 
 def _settle_loaded(
