@@ -72,7 +72,8 @@ def fit(model: RateEstimator, data: TransitionCounts) -> Found:
 def logarithms(data: TransitionCounts) -> Found:
     """Mean over the times of log(P̂(t)) / t, P̂(t) the frequencies; times without a real logarithm are left out."""
     batch = data.batch()
-    found, problems = [], []
+    found: list[Tensor] = []
+    problems: list[str | None] = []
     for counts, when in zip(batch["counts"], batch["times"], strict=True):
         try:
             frequencies = counts / counts.sum(-1, keepdim=True)

@@ -39,12 +39,18 @@ def _errors(ax: Axes, results: list[dict[str, Any]]) -> None:
     for name, label in LABELS.items():
         rows = [[c["error"] for c in result["cells"] if c["estimator"] == name] for result in results]
         curves[label] = (sizes, [[math.nan if e is None else 100 * e for e in row] for row in rows])
-    plot_curves(curves, ax=ax, xlabel="transitions n", ylabel="‖Q̂ − Q‖ / ‖Q‖ (%)", colors=COLORS)
+    plot_curves(
+        curves, ax=ax, xlabel="transitions n", ylabel="relative error $\\|\\hat Q - Q\\| / \\|Q\\|$ (%)", colors=COLORS
+    )
     for name, bound in results[0]["bounds"].items():
         limit = [100 * bound / math.sqrt(n) for n in sizes]
         ax.plot(sizes, limit, color=COLORS[LABELS[name]], linewidth=1, linestyle=(0, (1, 2)))
     ax.plot([], [], color="#555555", linewidth=1, linestyle=(0, (1, 2)), label="Cramér–Rao bound of the family")
     ax.set(xscale="log", yscale="log")
+    low, high = ax.get_ylim()
+    ticks = [digit * 10.0**power for power in range(-4, 4) for digit in (1, 2, 5)]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
     handles, labels = ax.get_legend_handles_labels()
     order = [labels.index(label) for label in (*reversed(LABELS.values()), labels[-1])]
@@ -65,10 +71,10 @@ def _scatter(ax: Axes, result: dict[str, Any]) -> None:
         ax.scatter(truth, shown, s=9, marker=marker, color=color, alpha=0.55, linewidths=0, label=LABELS[name])
     ax.plot([low, high], [low, high], color="#555555", linewidth=0.8, zorder=0)
     ax.axhline(low, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)))
-    ax.text(high, low, f"below: estimates of less than {low:.0e}", ha="right", va="bottom", fontsize=7, color="#555555")
+    ax.text(high, low / 1.1, f"below {low:.0e}, or not positive", ha="right", va="top", fontsize=7, color="#555555")
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(floor / 1.6, high))
-    ax.set_xlabel("true rate Q_ij", fontsize=9)
-    ax.set_ylabel("estimated rate", fontsize=9)
+    ax.set_xlabel("true rate $Q_{ij}$", fontsize=9)
+    ax.set_ylabel("estimated rate $\\hat Q_{ij}$", fontsize=9)
     ax.set_title(f"n = {rates['transitions']:,}, seed {result['seed']}", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,31 +86,24 @@ def _errors(results: list[Result]) -> str:
 
 
 def _way(results: list[Result]) -> str:
-    sizes = results[0]["setting"]["transitions"]
-    times = results[0]["setting"]["times"]
+    """What estimates lose on new data, what they cost, and what is wrong with logarithms."""
+    setting = results[0]["setting"]
+    sizes = setting["transitions"]
 
-    def over(get: Callable[[int], str]) -> list[str]:
-        return [get(n) for n in sizes]
+    def row(title: str, estimator: str, key: str, show: Callable[[list[Any]], str]) -> list[str]:
+        return [title, *(show(values(results, estimator, n, key)) for n in sizes)]
 
     rows = [
-        [
-            f"{TITLES[name]}: nats lost on a new transition",
-            *over(lambda n, k=name: _nats(values(results, k, n, "excess"))),
-        ]  # type: ignore[misc]
+        row(f"{TITLES[name]}: nats lost on a new transition", name, "excess", _nats)
         for name in ("reversible", "likelihood", "projected")
     ]
-    for name in ("reversible", "likelihood", "softplus"):
-        rows.append([f"{TITLES[name]}: steps", *over(lambda n, k=name: _mean(values(results, k, n, "steps")))])  # type: ignore[misc]
-    for place, when in enumerate(times):
-        lost = over(lambda n, k=place: _share(not e[k] for e in values(results, "logarithm", n, "exists")))  # type: ignore[misc]
-        rows.append([f"no real logarithm of P̂({when:g}), % of seeds", *lost])
-    rows.append(
-        [
-            "logarithm outside the cone, % of seeds",
-            *over(lambda n: _share(not x for x in values(results, "logarithm", n, "in_cone"))),
-        ]
-    )
-    rows.append(["its negative rates", *over(lambda n: _mean(values(results, "logarithm", n, "negative_rates")))])
+    fitted = ("reversible", "likelihood", "softplus")
+    rows += [row(f"{TITLES[name]}: steps", name, "steps", _mean) for name in fitted]
+    rows += [row(f"{TITLES[name]}: CPU s", name, "cpu_seconds", _seconds) for name in fitted]
+    for place, when in enumerate(setting["times"]):
+        rows.append(row(f"no real logarithm of P̂({when:g}), % of seeds", "logarithm", "exists", partial(_lost, place)))
+    rows.append(row("mean logarithm outside the cone, % of seeds", "logarithm", "in_cone", _outside))
+    rows.append(row("its negative rates", "logarithm", "negative_rates", _mean))
     return _table(["from n transitions", *(f"n = {n:,}" for n in sizes)], rows)
 
 
@@ -142,9 +136,16 @@ def _mean(found: list[float]) -> str:
     return f"{statistics.fmean(found):.0f}"
 
 
-def _share(found: Iterable[bool]) -> str:
-    flags = list(found)
-    return f"{100 * sum(flags) / len(flags):.0f}"
+def _seconds(found: list[float]) -> str:
+    return f"{statistics.fmean(found):.1f}"
+
+
+def _outside(found: list[bool]) -> str:
+    return f"{100 * (1 - statistics.fmean(found)):.0f}"
+
+
+def _lost(place: int, found: list[list[bool]]) -> str:
+    return _outside([exists[place] for exists in found])
 
 
 def _provenance(results: list[Result]) -> str:

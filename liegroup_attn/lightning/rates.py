@@ -79,7 +79,7 @@ class RateEstimator(L.LightningModule):
         return self.Q
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "batch"):
             return
         batch, n = data.batch(), self.hparams.num_states
