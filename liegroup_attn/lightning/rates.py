@@ -30,7 +30,7 @@ class RateEstimator(L.LightningModule):
     Args:
         num_states: n, ≥ 2.
         reversible: whether to keep to generators in detailed balance, n(n + 1)/2 − 1 free numbers instead of n(n − 1).
-        learning_rate: of the first step, on log-rates.
+        learning_rate: size of the first step, root mean square over the free numbers (log-rates).
         half_life: steps in which the learning rate halves.
         tolerance: of the gradient's norm (nats per transition, by log-rates) at which training stops.
 
@@ -97,7 +97,11 @@ class RateEstimator(L.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self, self.hparams.learning_rate)
+        # On RateMatrices every rate has a step size of its own. In detailed balance the matrix has one, so the step is as
+        # long as if all of its free numbers took a step of this size.
+        n, rate = self.hparams.num_states, self.hparams.learning_rate
+        free = n * (n + 1) // 2 - 1 if self.hparams.reversible else 1
+        optimizer = build_optimizer(self, rate * free**0.5)
         schedule = ExponentialLR(optimizer, 0.5 ** (1 / self.hparams.half_life))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -116,8 +120,8 @@ class RateEstimator(L.LightningModule):
         return self.Q.manifold.norm(self.Q, gradient).detach()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = self.trainer.optimizers[0].param_groups[0]["lr"]
-        if self.gradient_norm <= self.hparams.tolerance or step <= _LAST_STEP * self.hparams.learning_rate:
+        group = self.trainer.optimizers[0].param_groups[0]
+        if self.gradient_norm <= self.hparams.tolerance or group["lr"] <= _LAST_STEP * group["initial_lr"]:
             self.trainer.should_stop = True
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
