@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-import geoopt
 import torch
 from torch import Tensor
 
 from liegroup_attn.errors import GeneratorError
+from liegroup_attn.manifolds.flat import FlatManifold
 
 __all__ = ["OpenInterval"]
 
 
-class OpenInterval(geoopt.Manifold):
+class OpenInterval(FlatManifold):
     """Numbers in (0, upper), each entry a point of its own, with the metric pulled back from ℝ by the logit.
 
     The chart φ(x) = log x − log(upper − x) makes the interval isometric to ℝ: complete, so no step of any size
@@ -37,9 +37,7 @@ class OpenInterval(geoopt.Manifold):
     """
 
     ndim = 0
-    reversible = True
     name = "OpenInterval"
-    __scaling__ = geoopt.Manifold.__scaling__.copy()
 
     def __init__(self, upper: float = math.inf) -> None:
         super().__init__()
@@ -73,51 +71,17 @@ class OpenInterval(geoopt.Manifold):
     def proju(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
         return u.expand(torch.broadcast_shapes(x.shape, u.shape))
 
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return u / self._slope(x) / self._slope(x)
+    def push(self, x: Tensor, u: Tensor) -> Tensor:
+        """φ'(x) u."""
+        return self._slope(x) * u
 
-    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:  # noqa: D102
-        # In this order: near the ends φ'² alone may overflow.
-        return (self._slope(x) * u) * (self._slope(x) * (u if v is None else v))
+    def lift(self, x: Tensor, c: Tensor) -> Tensor:
+        """c / φ'(x)."""
+        return c / self._slope(x)
 
-    def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:  # noqa: D102
-        return self._slope(x) * u.abs()
-
-    def expmap(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return self.from_chart(self.chart(x) + self._slope(x) * u)
-
-    retr = expmap
-
-    def logmap(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        return (self.chart(y) - self.chart(x)) / self._slope(x)
-
-    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:  # noqa: D102
-        return (self.chart(x) - self.chart(y)).abs()
-
-    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:  # noqa: D102
-        return v * self._slope(x) / self._slope(y)
-
-    @__scaling__(geoopt.manifolds.base.ScalingInfo(std=-1), "random")
-    def random(  # noqa: D102
-        self,
-        *size: int | tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        std: float = 1.0,
-    ) -> geoopt.ManifoldTensor:
-        shape = geoopt.utils.size2shape(*size)
-        phi = torch.randn(*shape, dtype=dtype, device=device) * std
-        return geoopt.ManifoldTensor(self.from_chart(phi), manifold=self)
-
-    def origin(  # noqa: D102
-        self,
-        *size: int | tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        shape = geoopt.utils.size2shape(*size)
-        return geoopt.ManifoldTensor(self.from_chart(torch.zeros(*shape, dtype=dtype, device=device)), manifold=self)
+    def chart_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """gradient / φ'(x)."""
+        return gradient / self._slope(x)
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         inside = bool(((x > 0) & (x < self.upper)).all())

@@ -66,9 +66,8 @@ class RateMatrices(FlatManifold):
         """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; in place."""
         least = torch.finfo(x.dtype).tiny ** 0.5
         allowed = self._allowed(x).to(x.dtype)
-        x = x.clamp_(allowed * least, allowed / least)  # one pass: bounds [0, 0] where there is no transition
-        x.diagonal(dim1=-2, dim2=-1).copy_(x.sum(-1, dtype=torch.float64).neg_())
-        return x
+        # One pass: bounds [0, 0] where there is no transition.
+        return _closed_rows(x.clamp_(allowed * least, allowed / least), torch.float64)
 
     def projx(self, x: Tensor) -> Tensor:
         """The nearest rates that are allowed, and the diagonal that belongs to them."""
@@ -148,9 +147,9 @@ class RateMatrices(FlatManifold):
         return finding(self._not_linear(u.detach().to(torch.float64), atol, rtol))
 
 
-def _closed_rows(u: Tensor) -> Tensor:
-    """The matrix with the diagonal that makes rows sum to 0, from one with a zero diagonal; in place."""
-    u.diagonal(dim1=-2, dim2=-1).copy_(u.sum(-1).neg_())
+def _closed_rows(u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The matrix with the diagonal that makes rows sum to 0, summed in ``dtype``, from a zero diagonal; in place."""
+    u.diagonal(dim1=-2, dim2=-1).copy_(u.sum(-1, dtype=dtype).neg_())
     return u
 
 
