@@ -16,7 +16,7 @@ from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.lightning.data import (
     TransitionCounts,
     generator_from,
-    paml,
+    published,
     read_counts,
     read_generator,
     read_paml,
@@ -160,26 +160,26 @@ def test_download(tmp_path, write, monkeypatch):
     right = hashlib.sha256(text.encode()).hexdigest()
     for ends, name in (("\n", "unix.dat"), ("\r\n", "windows.dat")):  # distributions differ in the ends of lines
         file = write(text.replace("\n", ends), name)
-        monkeypatch.setitem(paml.PUBLIC_GENERATORS, "lg", (file.as_uri(), right))
+        monkeypatch.setitem(published.PUBLISHED, "lg", (file.as_uri(), right))
         data = TransitionCounts(cache_dir=str(tmp_path / "cache"), transitions=10)
         data.prepare_data()
         assert [path.name for path in data.folder.glob("*")] == [name]
         data.setup()
         torch.testing.assert_close(data.generator, generator_from(S3, PI3))
         (data.folder / name).unlink()
-    monkeypatch.setitem(paml.PUBLIC_GENERATORS, "lg", (file.as_uri(), "0" * 64))
+    monkeypatch.setitem(published.PUBLISHED, "lg", (file.as_uri(), "0" * 64))
     with pytest.raises(ValueError, match=r"expected sha256 0000.*, got .*; it was deleted"):
         data.prepare_data()
     assert list(data.folder.glob("*")) == []
-    monkeypatch.setitem(paml.PUBLIC_GENERATORS, "lg", ((tmp_path / "nowhere.dat").as_uri(), right))
+    monkeypatch.setitem(published.PUBLISHED, "lg", ((tmp_path / "nowhere.dat").as_uri(), right))
     with pytest.raises(ConnectionError, match="pass path="):
         data.prepare_data()
     with pytest.raises(ValueError, match="expected one of"):
-        paml.download_generator("lgg", tmp_path)
+        published.download_generator("lgg", tmp_path)
 
 
 def test_public_generators_are_pinned():
-    for url, sha256 in paml.PUBLIC_GENERATORS.values():
+    for url, sha256 in published.PUBLISHED.values():
         assert url.startswith("https://")
         assert len(url.split("/")[5]) == 40  # a commit
         assert len(sha256) == 64

@@ -1,8 +1,7 @@
-"""Generators from files: the rate files of PAML, a matrix as text, and two published amino-acid generators."""
+"""Generators from files: the rate files of PAML, and a matrix as text."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -13,20 +12,8 @@ from torch import Tensor
 from liegroup_attn.algebra import is_rate_matrix
 from liegroup_attn.errors import GeneratorError, ShapeError
 
-__all__ = ["PUBLIC_GENERATORS", "download_generator", "generator_from", "read_generator", "read_paml"]
+__all__ = ["generator_from", "read_generator", "read_paml"]
 
-_PAML = "https://raw.githubusercontent.com/abacus-gene/paml"
-# name → (address, sha256 of the text with \n at the ends of lines: distributions differ in those alone)
-PUBLIC_GENERATORS = {
-    "lg": (
-        f"{_PAML}/1121cf84e4b79df31babef8644cfe546e18b13c8/dat/lg.dat",
-        "bf05bee9a1917601feb688e6729a63205289b4324486ae2194333f181811cf44",
-    ),
-    "wag": (
-        f"{_PAML}/68aced0e38be634b32ade65b999e58d7f60fecc3/wag.dat",
-        "600e4392a09fb9471dc346b1a58bbd7158748a2e9635430db481ecddc7f2e9a9",
-    ),
-}
 _ROUNDING = 1e-4  # frequencies are printed with six digits or so; a sum that is off by more gets a warning
 _WRONG = 1e-2
 
@@ -177,46 +164,6 @@ def generator_from(exchangeabilities: Tensor, frequencies: Tensor, normalize: bo
         raise GeneratorError("exchangeabilities: expected some transition, got 0 everywhere; pass normalize=False")
     generator = rates - torch.diag(exits)
     return generator / mean if normalize else generator
-
-
-def download_generator(name: str, folder: Path) -> Path:
-    """The file of a public generator, fetched if ``folder`` lacks it, its hash checked either way.
-
-    Args:
-        name: one of ``PUBLIC_GENERATORS``: ``"lg"`` [Le2008]_ or ``"wag"`` [Whelan2001]_.
-        folder: where downloads are kept.
-
-    Returns:
-        Its path.
-
-    Raises:
-        ValueError: unknown name, or the wrong hash; what arrived is then not kept.
-        ConnectionError: nothing arrived.
-    """
-    if name not in PUBLIC_GENERATORS:
-        raise ValueError(f"name: expected one of {sorted(PUBLIC_GENERATORS)}, got {name!r}; check the spelling")
-    url, sha256 = PUBLIC_GENERATORS[name]
-    target = folder / Path(url).name
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(".part")
-        try:
-            torch.hub.download_url_to_file(url, str(part), progress=False)
-        except OSError as error:
-            raise ConnectionError(
-                f"expected to download {url}, got {error!r}; check the network, or pass path=… with a local copy"
-            ) from error
-        _check_hash(part, sha256)
-        part.replace(target)
-    _check_hash(target, sha256)
-    return target
-
-
-def _check_hash(path: Path, sha256: str) -> None:
-    got = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-    if got != sha256:
-        path.unlink()
-        raise ValueError(f"{path}: expected sha256 {sha256}, got {got}; it was deleted, try again to download it anew")
 
 
 def _numbers(path: str | Path) -> tuple[list[list[float]], str]:

@@ -17,7 +17,8 @@ from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.generators import DenseGenerator
 from liegroup_attn.lightning.data.loader import ResumableLoader
-from liegroup_attn.lightning.data.paml import PUBLIC_GENERATORS, download_generator, read_generator
+from liegroup_attn.lightning.data.paml import read_generator
+from liegroup_attn.lightning.data.published import PUBLISHED, download_generator
 
 __all__ = ["TransitionCounts", "read_counts", "simulate_counts"]
 
@@ -84,7 +85,7 @@ class TransitionCounts(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download the generator if it is public and not here yet."""
-        if self.counts_file is None and self.path in PUBLIC_GENERATORS:
+        if self.counts_file is None and self.path in PUBLISHED:
             download_generator(self.path, self.folder)
 
     def setup(self, stage: str | None = None) -> None:
@@ -94,7 +95,7 @@ class TransitionCounts(L.LightningDataModule):
         if self.counts_file is not None:
             self.counts, self.times = read_counts(self.counts_file, self.times)
             return
-        public = self.path in PUBLIC_GENERATORS
+        public = self.path in PUBLISHED
         self.generator = read_generator(download_generator(self.path, self.folder) if public else self.path)
         self.counts = simulate_counts(self.generator, self.times, self.transitions, self.seed)
 
