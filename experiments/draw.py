@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ COLORS = {
     TITLES["exp"]: "#D55E00",
     TITLES["first_hop_fixed"]: "#E69F00",
     TITLES["first_hop_exponential"]: "#0072B2",
+    TITLES["relative_rates"]: "#0072B2",
+    TITLES["mixer"]: "#009E73",
+    TITLES["mixer_balanced"]: "#CC79A7",
 }
 SCALED = 4  # of the time factors in the result files, the one that has a panel
 
@@ -65,6 +69,11 @@ def _figures(experiment: str, results: Results) -> dict[str, Figure]:
     if experiment == "reachability":
         found = {"curves": _curves(results, "validation/accuracy", "validation accuracy (%)", 100)}
         return found | {"accuracy_by_depth": _by_depth(results), "mixing": _mixing(results, _forest_order)}
+    if experiment == "digits":
+        few = ("softmax", "exp", "relative_rates", "mixer", "mixer_balanced")
+        shown: Results = {name: runs for name, runs in results.items() if name in few}
+        found = {"curves": _curves(shown, "validation/accuracy", "validation accuracy (%)", 100)}
+        return found | {"mixing": _mixing(results, _raster_order, ("exp", "mixer", "mixer_balanced"))}
     found = {"curves": _curves(results, "validation/loss", "validation loss (nats per byte)", 1)}
     return found | {"mixing": _mixing(results, _text_order)}
 
@@ -104,9 +113,11 @@ def _by_depth(results: Results) -> Figure:
     return figure
 
 
-def _mixing(results: Results, order: Any) -> Figure:
+def _mixing(
+    results: Results, order: Any, variants: Sequence[str] = ("softmax", "exp", "first_hop_exponential")
+) -> Figure:
     """First block, every head, on the same input: one row a variant of one seed."""
-    shown = [v for v in ("softmax", "exp", "first_hop_exponential") if v in results] or list(results)[:3]
+    shown = [v for v in variants if v in results] or list(results)[:3]
     heads = len(results[shown[0]][0]["mixing"]["heads"])
     figure = Figure(figsize=(2.7 * heads + 0.6, 2.6 * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), heads, squeeze=False)
@@ -125,6 +136,11 @@ def _forest_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
     """Tokens by tree, then by depth, so that a root stands before its tree."""
     order = sorted(range(len(mixing["labels"])), key=lambda i: (mixing["labels"][i], mixing["depth"][i]))
     return order, [f"{node}→{parent}" for node, parent in (mixing["tokens"][i] for i in order)]
+
+
+def _raster_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:
+    n = len(mixing["tokens"])
+    return list(range(n)), [f"{i // math.isqrt(n)},{i % math.isqrt(n)}" for i in range(n)]
 
 
 def _text_order(mixing: dict[str, Any]) -> tuple[list[int], list[str]]:

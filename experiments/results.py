@@ -14,7 +14,7 @@ import yaml
 __all__ = ["BUDGETS", "EXPERIMENTS", "ROOT", "TITLES", "Run", "load_results", "variants_of", "write_json"]
 
 ROOT = Path(__file__).parent
-EXPERIMENTS = ("reachability", "language")
+EXPERIMENTS = ("reachability", "language", "digits")
 BUDGETS = {"quick": (0,), "full": (0, 1, 2)}  # seeds by default
 
 # In the order of tables and legends.
@@ -25,6 +25,19 @@ TITLES = {
     "exp": "exp(tQ)",
     "first_hop_fixed": "first hop + fixed clock",
     "first_hop_exponential": "first hop + exponential clock",
+    "relative_rates": "exp(t(Q + R)), R = r(i − j)",
+    "added_matrix": "exp(t(Q + L)), L learned",
+    "ordered_product": "exp(tQ) exp(tL)",
+    "head_sums": "exp(t Σ w Q) over heads",
+    "reversible_scores": "exp(tQ), Q reversible",
+    "streams": "exp(tQ), 4 balanced streams",
+    "spectral_scores": "softmax, A = U diag(σ) Vᵀ",
+    "skew_scores": "softmax, A = U K Uᵀ, K skew",
+    "rate_scores": "softmax, A = U Q Uᵀ, Q rates",
+    "mixer": "exp(L), no queries",
+    "mixer_reversible": "exp(L), L reversible",
+    "mixer_balanced": "exp(L), L doubly balanced",
+    "mixer_relative": "exp(R), R = r(i − j)",
 }
 
 

@@ -22,9 +22,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from experiments.flops import flops_per_step
 from experiments.provenance import code_hash, device_name
 from experiments.results import Run, write_json
-from liegroup_attn.lightning import ByteCorpus, TokenClassifier
+from liegroup_attn.lightning import ByteCorpus, Digits, TokenClassifier
 from liegroup_attn.lightning.callbacks import layer_inputs
 from liegroup_attn.lightning.cli import LieCLI
+from liegroup_attn.manifolds import declared
 from liegroup_attn.nn import LieAttention, scale_time
 
 TIME_SCALES = (1.0, 2.0, 4.0)  # all reported, none chosen
@@ -177,6 +178,7 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "steps": cli.trainer.global_step,
         "parameters": sum(p.numel() for p in cli.model.parameters()),
+        "manifold_parameters": sum(cli.model.get_parameter(name).numel() for name in declared(cli.model)),
         "flops_per_step": _count_flops(cli) * cli.trainer.world_size,
         "seconds": round(history.seconds, 1),
         "cpu_seconds": round(history.cpu_seconds, 1),
@@ -185,7 +187,7 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
         "code": code_hash(),
         "versions": {name: version(name) for name in ("liegroup-attn", "torch", "lightning", "geoopt", "numpy")},
         "python": platform.python_version(),
-        "data": cli.datamodule.facts() if isinstance(cli.datamodule, ByteCorpus) else None,
+        "data": cli.datamodule.facts() if isinstance(cli.datamodule, ByteCorpus | Digits) else None,
         "curve": [{k: _round(v) for k, v in point.items()} for point in history.points],
         "test": tests,
         "mixing": _mixing(cli),
@@ -223,7 +225,7 @@ def _count_flops(cli: LieCLI) -> int:
 def _mixing(cli: LieCLI) -> dict[str, Any]:
     """The first block's mixing matrices, every head, on the first test example: the same input for every variant."""
     batch = _first_test_batch(cli)
-    example = {key: value[:1, :MOST_DRAWN] for key, value in batch.items()}
+    example = {key: value[:1, :MOST_DRAWN] if value.dim() > 1 else value[:1] for key, value in batch.items()}
     cli.model.to("cpu").eval()
     layer, x = layer_inputs(cli.model, example["tokens"])[0]
     with torch.no_grad():

@@ -29,7 +29,11 @@ def render_table(experiment: str, results: Results) -> str:
     Returns:
         Markdown.
     """
-    header, row = {"reachability": (_REACHABILITY, _reachability), "language": (_LANGUAGE, _language)}[experiment]
+    header, row = {
+        "reachability": (_REACHABILITY, _reachability),
+        "language": (_LANGUAGE, _language),
+        "digits": (_DIGITS, _digits),
+    }[experiment]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
     lines += [f"| {' | '.join(row(TITLES.get(name, name), runs))} |" for name, runs in results.items()]
     return "\n".join([*lines, "", _provenance(experiment, results)]) + "\n"
@@ -118,6 +122,33 @@ def _language(title: str, runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+_DIGITS = (
+    "variant",
+    "parameters",
+    "on manifolds",
+    "validation accuracy %",
+    "test accuracy %",
+    "test nats",
+    "GFLOP a step",
+    "CPU s",
+)
+
+
+def _digits(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    return [
+        title,
+        f"{runs[0]['parameters']:,}",
+        f"{runs[0]['manifold_parameters']:,}",
+        _spread((100 * run["curve"][-1]["validation/accuracy"] for run in runs), "{:.1f}"),
+        _spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
+        _spread((run["test"]["time x1"]["test/loss"] for run in runs), "{:.3f}"),
+        *_cost(runs),
+    ]
+
+
+_DATA = {"language": "corpus", "digits": "images"}
+
+
 def _cost(runs: list[dict[str, Any]]) -> list[str]:
     return [
         f"{runs[0]['flops_per_step'] / 1e9:.2f}",
@@ -147,9 +178,9 @@ def _provenance(experiment: str, results: Results) -> str:
         f"torch {each(lambda r: r['versions']['torch'])}",
         each(lambda r: r["date"]),
     ]
-    if experiment == "language":
+    if experiment in _DATA:
         parts.append(
-            f"corpus {each(lambda r: r['data']['source'])}, sha256 {each(lambda r: r['data']['sha256'][:12])}…"
+            f"{_DATA[experiment]} {each(lambda r: r['data']['source'])}, sha256 {each(lambda r: r['data']['sha256'][:12])}…"
         )
     return f"{'; '.join(parts)}. Written by `liegroup-attn draw` from `results/*.json`."
 

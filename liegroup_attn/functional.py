@@ -19,10 +19,11 @@ from liegroup_attn.errors import (
     check_shape,
     check_time,
     differentiated,
+    fits,
     values_visible,
 )
 from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
-from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, Generator, HeadMixture, SoftmaxGenerator
 from liegroup_attn.rates import prepare_mask
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
@@ -139,6 +140,8 @@ def lie_attention(
     first_hop: bool = False,
     clock: Clock | None = None,
     rate_fn: Callable[[Tensor], Tensor] | None = None,
+    plus: Generator | None = None,
+    head_weights: Tensor | None = None,
     method: Method | None = None,
     allow_open_mask: bool = False,
 ) -> Tensor:
@@ -168,6 +171,9 @@ def lie_attention(
         clock: law of τ; None is the fixed clock (Poisson hops), ``ExponentialClock()`` the resolvent (geometric hops).
         rate_fn: None is the jump chain, Q = diag(ρ)(softmax(scores) − I). A function from scores to rates ≥ 0 makes
             Q = diag(ρ)(R − diag(R1)), which forms N×N.
+        plus: a further generator on the same tokens, added to that of the scores: relative-position rates, a learned
+            matrix. Masks act on it too (which forms N×N, unless it is causal itself); its rates count among the hops.
+        head_weights: w ≥ 0, (H, H): head g flows along Σ_h w_gh Q_h, before ``plus`` is added.
         method: how exp(tQ)V is computed; None chooses, see ``expm_multiply``.
         allow_open_mask: accept a mask that is not transitively closed and let exp(tQ) fill it; also skips the check.
 
@@ -202,10 +208,10 @@ def lie_attention(
     across = query.size(-2) != key.size(-2)
     zero = (across or values_visible(when)) and bool((when == 0).all())
     if across:
-        if not (first_hop and zero and rate_fn is None):
+        if not (first_hop and zero and rate_fn is plus is head_weights is None):
             raise ShapeError(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
-                "no generator, only first_hop=True with time=0 and rate_fn=None (softmax attention)"
+                "no generator, only first_hop=True with time=0 and none of rate_fn, plus, head_weights (softmax attention)"
             )
         return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
     still = zero and not differentiated(when)  # a time that starts at 0 still has a gradient
@@ -220,12 +226,12 @@ def lie_attention(
         dropout_p=dropout_p,
         allow_open_mask=allow_open_mask,
     )
-    generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
+    generator = joined_generator(chain, rate_fn, head_weights, plus)
     if still:
         value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
         return generator.jump(value) if first_hop else value
     if isinstance(how, Automatic):
-        if how.longest is None and isinstance(time, numbers.Real) and rate_fn is None:
+        if how.longest is None and isinstance(time, numbers.Real) and generator is chain:
             how = Automatic(how.tol, float(time), streams=how.streams)  # a number is known without a look at any tensor
         how = how.choose(generator, value, when, clock)
     if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
@@ -234,6 +240,52 @@ def lie_attention(
         value = F.dropout(mixing, dropout_p) @ value
         return generator.jump(value) if first_hop else value
     return how.act(generator, value, when, clock, first_hop)
+
+
+def joined_generator(
+    chain: SoftmaxGenerator,
+    rate_fn: Callable[[Tensor], Tensor] | None = None,
+    head_weights: Tensor | None = None,
+    plus: Generator | None = None,
+) -> Generator:
+    """The generator along which ``lie_attention`` flows; arguments and errors as there."""
+    generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
+    if head_weights is not None:
+        generator = _over_heads(generator, head_weights)
+    return generator if plus is None else generator + _masked_as(chain, plus)
+
+
+def _over_heads(generator: Generator, weights: Tensor) -> HeadMixture:
+    heads = generator.batch_shape[-1] if generator.batch_shape else 0
+    if weights.shape != (heads, heads):
+        raise ShapeError(
+            f"head_weights: expected ({heads}, {heads}), got {tuple(weights.shape)}; one row per head that flows, one "
+            "column per head that is summed"
+        )
+    return HeadMixture(generator, weights)
+
+
+def _masked_as(chain: SoftmaxGenerator, plus: Generator) -> Generator:
+    """The generator without the rates that the chain's mask hides: what it adds must not leak."""
+    if not isinstance(plus, Generator):
+        raise GeneratorError(
+            f"plus: expected a Generator, got {type(plus).__name__}; wrap a matrix in DenseGenerator(Q)"
+        )
+    if plus.num_states != chain.num_states or not fits(plus.batch_shape, chain.batch_shape):
+        raise ShapeError(
+            f"plus: expected a generator on {chain.num_states} tokens with a batch that broadcasts to "
+            f"{tuple(chain.batch_shape)}, got {plus.num_states} tokens and {tuple(plus.batch_shape)}; give one per head"
+        )
+    if chain.is_causal and plus.is_causal:
+        return plus
+    hidden = chain.masked()
+    if hidden is None:
+        return plus
+    dense = plus.dense()
+    eye = torch.eye(plus.num_states, dtype=torch.bool, device=dense.device)
+    kept = DenseGenerator.from_rates(dense.masked_fill(hidden | eye, 0))
+    kept.is_causal = chain.is_causal
+    return kept
 
 
 def _with_rates(chain: SoftmaxGenerator, rate_fn: Callable[[Tensor], Tensor]) -> DenseGenerator:

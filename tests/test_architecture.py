@@ -37,6 +37,7 @@ DOORS = {
     "lightning": ("liegroup_attn.lightning", "experiments"),
     "pytorch_lightning": (),
     "scipy": ("experiments",),
+    "sklearn": ("liegroup_attn.lightning.data.digits",),
     "torchdiffeq": ("experiments",),
     "triton": ("liegroup_attn.expm.kernels",),
     "transformers": ("liegroup_attn.integrations", "experiments"),

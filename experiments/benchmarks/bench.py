@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     options = _options(args)
     torch.set_num_threads(options.threads)
     output = args.output or Path("runs") / ("bench-quick" if args.quick else "bench")
-    path = output / FOLDER / "results" / f"{options.device.partition(':')[0]}-{options.dtype}.json"
+    name = "-".join([options.device.partition(":")[0], options.dtype, *([args.label] if args.label else [])])
+    path = output / FOLDER / "results" / f"{name}.json"
     cells = list({cell.key: cell for part in args.parts for cell in PARTS[part](options)}.values())
     console = Console()
     try:
@@ -68,6 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--dtype", default="float32", help=f"one of {', '.join(_DTYPES)}")
     parser.add_argument("--output", type=Path, default=None, help="results, table, figure; default runs/bench[-quick]")
+    parser.add_argument("--label", default="", help="of a result file of its own, say for a part measured elsewhere")
     parser.add_argument("--fresh", action="store_true", help="measure again what is measured already")
     return parser.parse_args(argv)
 

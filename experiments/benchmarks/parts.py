@@ -15,6 +15,7 @@ import torch
 from experiments.benchmarks import values
 from experiments.benchmarks.competitors import TOL, Row, attention_rows, small_rows, why_not
 from experiments.benchmarks.measure import PHASES, Shape, make_call, make_inputs, peak_memory, time_in_turn
+from liegroup_attn.manifolds import RateMatrices, hold
 from liegroup_attn.nn import AttentionRecipe
 
 __all__ = ["PARTS", "Cell", "Options"]
@@ -43,6 +44,8 @@ class Options:
     context: int = 2048
     new_tokens: int = 256
     decode_width: int = 512
+    step_heads: int = 64
+    step_tokens: int = 128
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,16 @@ def decode(options: Options) -> Iterator[Cell]:
     yield Cell(f"decode, context {options.context}", facts, tuple(DECODERS), lambda _: _time_decode(options))
 
 
+PLAIN, ON_MANIFOLD = "AdamW, plain parameters", "RiemannianAdamW, RateMatrices"
+
+
+def optimizer(options: Options) -> Iterator[Cell]:
+    """Seconds of one optimizer step on a generator per head, on its manifold and as plain numbers."""
+    facts = {"part": "optimizer", "heads": options.step_heads, "tokens": options.step_tokens}
+    key = f"optimizer, {options.step_heads} heads of {options.step_tokens}×{options.step_tokens}"
+    yield Cell(key, facts, (PLAIN, ON_MANIFOLD), lambda _: _time_steps(options))
+
+
 _IMPORTS = {"torch": "import torch", "torch, liegroup_attn": "import torch, liegroup_attn"}
 
 
@@ -127,6 +140,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "memory": memory,
     "small": small,
     "decode": decode,
+    "optimizer": optimizer,
     "import": imports,
 }
 
@@ -186,6 +200,25 @@ def _time_decode(o: Options) -> dict[str, Any]:
         pairs = [] if broken else zip(first["seconds"], all_["seconds"], strict=True)
         rows[name] = {"failed": broken[0]} if broken else {"seconds": [(b - a) / o.new_tokens for a, b in pairs]}
     return {"rows": rows}
+
+
+def _time_steps(o: Options) -> dict[str, Any]:
+    from liegroup_attn.lightning import RiemannianAdamW
+
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.promote_types(getattr(torch, o.dtype), torch.float32)  # manifold parameters are no narrower
+    rates = torch.rand(o.step_heads, o.step_tokens, o.step_tokens, generator=generator, dtype=dtype).to(o.device) + 0.1
+    grad = torch.randn(rates.shape, generator=generator, dtype=dtype).to(o.device)
+    holder = torch.nn.Module()
+    manifold = RateMatrices(o.step_tokens)
+    calls = {}
+    for name, parameter, kind in (
+        (PLAIN, torch.nn.Parameter(rates.clone()), torch.optim.AdamW),
+        (ON_MANIFOLD, hold(holder, "rates", manifold.projx(rates), manifold), RiemannianAdamW),
+    ):
+        parameter.grad = grad.clone()
+        calls[name] = kind([parameter], lr=1e-3).step
+    return {"rows": time_in_turn(calls, o.repeats, o.seconds, o.device)}
 
 
 def _time_imports(repeats: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.benchmarks.competitors import BASE
 from experiments.benchmarks.figure import scaling_figure
 from experiments.benchmarks.measure import PHASES
+from experiments.benchmarks.parts import PLAIN
 from experiments.benchmarks.summary import Result, attention_cell, find, peak, ratio, seconds, spread, three_digits
 from experiments.benchmarks.targets import targets
 
@@ -56,7 +57,12 @@ def render_tables(result: Result) -> dict[str, str]:
     for phase in PHASES:
         found[f"time_{phase}"] = _over_tokens(result, phase, "time")
         found[f"memory_{phase}"] = _over_tokens(result, phase, "memory")
-    found |= {"small": _small(result), "decode": _decode(result), "import": _imports(result)}
+    found |= {
+        "small": _small(result),
+        "decode": _decode(result),
+        "optimizer": _steps(result),
+        "import": _imports(result),
+    }
     found |= {"left_out": _left_out(result), "method": f"{_provenance(result)}\n"}
     return {name: text for name, text in found.items() if text}
 
@@ -69,7 +75,10 @@ def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 def _targets(result: Result) -> str:
     rows = []
+    whole = bool(find(result, part="attention"))
     for t in targets(result):
+        if t.measured is None and not whole:
+            continue  # a file of single parts
         alone = t.measured is not None and t.measured.low == t.measured.high
         number = "–" if t.measured is None else three_digits(t.measured.median) if alone else t.measured.show()
         answer = {True: "yes", False: "no", None: "not measured"}[t.reached]
@@ -148,6 +157,16 @@ def _decode(result: Result) -> str:
     return _table("Decoding, batch 1, 2 blocks, 8 heads.", header, rows)
 
 
+def _steps(result: Result) -> str:
+    rows = []
+    for cell in find(result, part="optimizer"):
+        for name in cell["rows"]:
+            if s := seconds(cell, name):
+                over = ratio(cell, name, PLAIN)
+                rows.append([name, spread(s).show(1e3), over.show() if over else "–"])
+    return _table("One optimizer step.", ["optimizer", "ms", f"over {PLAIN}"], rows)
+
+
 def _imports(result: Result) -> str:
     rows = [
         [name, spread(found["seconds"]).show()]
@@ -172,10 +191,14 @@ def _provenance(result: Result) -> str:
     parts = [
         f"{s['hardware']}, {s['cores']} cores, {s['threads']} threads, {s['device']}, {s['dtype']}, torch {s['torch']}, {dates}",
         f"{s['repeats']} rounds (fewer of slow cells) of all methods in turn in one process after a warm-up",
+    ]
+    of_attention = [
         "RoPE on query and key is part of every time of attention; forward alone keeps no graph",
         f"peak memory: one call in a fresh process, {', '.join(sorted(how)) or 'not measured'}, minus what was held before",
         "error: largest difference from a float64 reference at N = 128 over max − min of the value's column",
     ]
+    if find(result, part="attention"):
+        parts += of_attention
     if solver:
         parts.append(
             f"dopri5 at rtol = atol = {solver['tolerance']:g}, the loosest with an error ({solver['error']:.1e}) under that "

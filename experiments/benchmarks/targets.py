@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments.benchmarks.competitors import BASE
 from experiments.benchmarks.measure import PHASES
+from experiments.benchmarks.parts import ON_MANIFOLD, PLAIN
 from experiments.benchmarks.summary import Result, Spread, attention_cell, find, peak, ratio, seconds, spread
 
 __all__ = ["Target", "targets"]
@@ -38,7 +39,15 @@ class Target(NamedTuple):
 
 def targets(result: Result) -> list[Target]:
     """Every target, whether measured or not."""
-    return [*_fixed(result), *_causal(result), *_memory(result), *_low_rank(result), *_decode(result), *_small(result)]
+    return [
+        *_fixed(result),
+        *_causal(result),
+        *_memory(result),
+        *_low_rank(result),
+        *_decode(result),
+        *_small(result),
+        *_step(result),
+    ]
 
 
 def _fixed(result: Result) -> Iterator[Target]:
@@ -100,6 +109,13 @@ def _small(result: Result) -> Iterator[Target]:
     for words, kept in (("θ = 1", [gain for gain in gains if gain[2] == 1.0]), ("least over θ", gains)):
         measured, by, _ = min(kept, key=lambda gain: gain[0].median, default=(None, "", 0.0))
         yield Target(what.format(words), "≥", 3.0, measured, by)
+
+
+def _step(result: Result) -> Iterator[Target]:
+    cell: dict[str, Any] = next(iter(find(result, part="optimizer")), {})
+    size = f"{cell.get('heads', 64)} heads of {cell.get('tokens', 128)}×{cell.get('tokens', 128)} rate matrices"
+    what = f"one Riemannian Adam step, {size}: time over AdamW on as many plain parameters"
+    yield Target(what, "≤", 4.0, ratio(cell, ON_MANIFOLD, PLAIN), ON_MANIFOLD)
 
 
 def _least(cell: dict[str, Any], rows: Sequence[str], base: str) -> tuple[Spread | None, str]:

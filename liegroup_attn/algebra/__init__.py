@@ -3,25 +3,11 @@
 Functions of plain tensors (..., N, N), any batch, torch only; half precision is computed, and returned, in float32.
 """
 
-from liegroup_attn.algebra.brackets import (
-    Ad,
-    ad,
-    basis,
-    bch,
-    bracket,
-    coordinates,
-    elementary,
-    from_coordinates,
-    structure_constants,
-)
-from liegroup_attn.algebra.chains import (
-    detailed_balance_residual,
-    exit_rates,
-    expected_hops,
-    is_reversible,
-    stationary_distribution,
-)
+from liegroup_attn.algebra.bases import basis, coordinates, elementary, from_coordinates
+from liegroup_attn.algebra.brackets import Ad, ad, bch, bracket, structure_constants
+from liegroup_attn.algebra.chains import exit_rates, expected_hops
 from liegroup_attn.algebra.embedding import Embedding, embed
+from liegroup_attn.algebra.equilibrium import detailed_balance_residual, is_reversible, stationary_distribution
 from liegroup_attn.algebra.exponential import dexp, expm
 from liegroup_attn.algebra.hitting import absorption_probabilities, hitting_probabilities, hitting_times
 from liegroup_attn.algebra.logarithm import logm

@@ -1,26 +1,15 @@
-"""Brackets: how generators fail to commute, the basis of the algebra, and products of exponentials."""
+"""Brackets: how generators fail to commute, and what that does to products of exponentials."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square, squares
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, values_visible
+from liegroup_attn.algebra.bases import basis, coordinates
+from liegroup_attn.errors import GeneratorError, values_visible
 
-__all__ = [
-    "Ad",
-    "ad",
-    "basis",
-    "bch",
-    "bracket",
-    "coordinates",
-    "elementary",
-    "from_coordinates",
-    "structure_constants",
-]
+__all__ = ["Ad", "ad", "bch", "bracket", "structure_constants"]
 
 
 def bracket(X: Tensor, Y: Tensor) -> Tensor:
@@ -40,6 +29,7 @@ def bracket(X: Tensor, Y: Tensor) -> Tensor:
         ShapeError: not square, or the shapes do not go together.
 
     Example:
+        >>> from liegroup_attn.algebra import elementary
         >>> bracket(elementary(0, 1, 3), elementary(1, 2, 3))
         tensor([[ 0., -1.,  1.],
                 [ 0.,  0.,  0.],
@@ -49,6 +39,31 @@ def bracket(X: Tensor, Y: Tensor) -> Tensor:
     """
     X, Y = squares(("X", X), ("Y", Y))
     return X @ Y - Y @ X
+
+
+def structure_constants(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The c with [L_a, L_b] = Σ_c c[a, b, c] L_c, over the pairs a = (i, j) in the order of ``basis``.
+
+    In indices [L_ij, L_kl] = (δ_jk − δ_ik)(L_il − L_ik) − (δ_il − δ_ik)(L_kj − L_ki), where L_ii = 0.
+
+    Args:
+        n: number of states, at least 1.
+        dtype: default torch's.
+
+    Returns:
+        (m, m, m), m = n(n − 1).
+
+    Raises:
+        ShapeError: n < 1.
+
+    Example:
+        >>> structure_constants(2)[0, 1]  # [L_01, L_10] = L_10 − L_01
+        tensor([-1.,  1.])
+
+    Source: [Hall2015]_, chapter 3.
+    """
+    L = basis(n, dtype=dtype)
+    return coordinates(bracket(L[:, None], L))
 
 
 def ad(X: Tensor) -> Tensor:
@@ -65,6 +80,7 @@ def ad(X: Tensor) -> Tensor:
         ShapeError: not square.
 
     Example:
+        >>> from liegroup_attn.algebra import elementary
         >>> X, Y = elementary(0, 1, 3), elementary(1, 2, 3)
         >>> torch.equal(ad(X) @ Y.flatten(), bracket(X, Y).flatten())
         True
@@ -108,142 +124,6 @@ def Ad(g: Tensor, Y: Tensor) -> Tensor:
     return result
 
 
-def elementary(i: int, j: int, n: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Elementary generator L_ij = e_i(e_j − e_i)ᵀ: jumps from i to j at rate 1.
-
-    Args:
-        i: source, 0 ≤ i < n.
-        j: target, 0 ≤ j < n, j ≠ i.
-        n: number of states.
-        dtype: default torch's.
-
-    Returns:
-        (n, n).
-
-    Raises:
-        GeneratorError: i = j, or out of range.
-
-    Example:
-        >>> elementary(0, 1, 2)
-        tensor([[-1.,  1.],
-                [ 0.,  0.]])
-
-    Source: [Johnson1985]_.
-    """
-    if not (0 <= i < n and 0 <= j < n and i != j):
-        raise GeneratorError(
-            f"i, j: expected two different states among 0 … {n - 1}, got {i} and {j}; a jump leads to another state"
-        )
-    L = torch.zeros(n, n, dtype=dtype)
-    L[i, i], L[i, j] = -1, 1
-    return L
-
-
-def basis(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """All L_ij: a basis of the algebra, and the edges of the cone. Row by row: L_01, L_02, …, L_10, L_12, ….
-
-    Args:
-        n: number of states, at least 1.
-        dtype: default torch's.
-
-    Returns:
-        (n(n − 1), n, n).
-
-    Raises:
-        ShapeError: n < 1.
-
-    Example:
-        >>> basis(3).shape
-        torch.Size([6, 3, 3])
-
-    Source: [Johnson1985]_.
-    """
-    if n < 1:
-        raise ShapeError(f"n: expected at least 1 state, got {n}; give the number of tokens")
-    return from_coordinates(torch.eye(n * (n - 1), dtype=dtype))
-
-
-def coordinates(X: Tensor) -> Tensor:
-    """Coordinates in ``basis``: the off-diagonals, row by row. The diagonal is not looked at.
-
-    Args:
-        X: (..., N, N), of the algebra.
-
-    Returns:
-        (..., N(N − 1)).
-
-    Raises:
-        DtypeError: not floating point.
-        ShapeError: not square.
-
-    Example:
-        >>> coordinates(torch.tensor([[-1.0, 1.0], [2.0, -2.0]]))
-        tensor([1., 2.])
-
-    Source: [Johnson1985]_.
-    """
-    X = square("X", X)
-    return X[..., ~eye_like(X).bool()]
-
-
-def from_coordinates(rates: Tensor) -> Tensor:
-    """The element Σ r_ij L_ij of the algebra; a rate matrix iff all r_ij ≥ 0.
-
-    Args:
-        rates: (..., N(N − 1)), in the order of ``basis``; an empty last axis is N = 1.
-
-    Returns:
-        (..., N, N).
-
-    Raises:
-        DtypeError: not floating point.
-        ShapeError: the last size is no N(N − 1).
-
-    Example:
-        >>> from_coordinates(torch.tensor([1.0, 2.0]))
-        tensor([[-1.,  1.],
-                [ 2., -2.]])
-
-    Source: [Johnson1985]_.
-    """
-    check_shape("rates", rates, least_rank=1, remedy="give the rates along the last axis")
-    n = (1 + math.isqrt(1 + 4 * rates.size(-1))) // 2
-    if n * (n - 1) != rates.size(-1):
-        raise ShapeError(
-            f"rates: expected N(N − 1) of them (0, 2, 6, 12, …), got {rates.size(-1)}; give one for each ordered pair"
-        )
-    # Between two entries of the diagonal there are n off-diagonals: (n − 1, n), padded in front by the diagonal's.
-    off = rates.unflatten(-1, (n - 1, n)) if n > 1 else rates.new_zeros(*rates.shape[:-1], 0, 1)
-    off = torch.nn.functional.pad(off, (1, 0)).flatten(-2)  # (..., n² − 1), the last diagonal entry is missing
-    off = torch.nn.functional.pad(off, (0, 1)).unflatten(-1, (n, n))
-    return off - torch.diag_embed(off.sum(-1))
-
-
-def structure_constants(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The c with [L_a, L_b] = Σ_c c[a, b, c] L_c, over the pairs a = (i, j) in the order of ``basis``.
-
-    In indices [L_ij, L_kl] = (δ_jk − δ_ik)(L_il − L_ik) − (δ_il − δ_ik)(L_kj − L_ki), where L_ii = 0.
-
-    Args:
-        n: number of states, at least 1.
-        dtype: default torch's.
-
-    Returns:
-        (m, m, m), m = n(n − 1).
-
-    Raises:
-        ShapeError: n < 1.
-
-    Example:
-        >>> structure_constants(2)[0, 1]  # [L_01, L_10] = L_10 − L_01
-        tensor([-1.,  1.])
-
-    Source: [Hall2015]_, chapter 3.
-    """
-    L = basis(n, dtype=dtype)
-    return coordinates(bracket(L[:, None], L))
-
-
 def bch(X: Tensor, Y: Tensor, order: int = 4) -> Tensor:
     """Baker–Campbell–Hausdorff series of log(exp(X) exp(Y)), cut after the brackets of ``order`` letters.
 
@@ -264,6 +144,7 @@ def bch(X: Tensor, Y: Tensor, order: int = 4) -> Tensor:
         GeneratorError: another order.
 
     Example:
+        >>> from liegroup_attn.algebra import elementary
         >>> X, Y = elementary(0, 1, 3), elementary(1, 2, 3)
         >>> torch.equal(bch(X, Y, order=2), X + Y + bracket(X, Y) / 2)
         True

@@ -43,11 +43,12 @@ class Embedding(NamedTuple):
 def embed(P: Tensor, time: float = 1.0, atol: float | None = None) -> Embedding:
     """Find the rate matrix Q with P = exp(tQ), or the condition that P violates.
 
-    Checked in this order, each necessary: P is stochastic; det P > 0, as det exp(tQ) = e^{t tr Q}; P_ii > 0 and
-    det P ≤ Π P_ii [Goodman1970]_; P_ij > 0 wherever P_ik > 0 and P_kj > 0; no eigenvalue on the negative real axis;
-    log P in the cone. With two states det P > 0 is enough. Else another logarithm than the principal one may be a
-    rate matrix, unless there is no other real one (positive, distinct eigenvalues [Culver1966]_), or none of a rate
-    matrix: det P > e^{−π} confines the eigenvalues of tQ to |Im| ≤ −tr(tQ) < π (Gershgorin), which makes it principal.
+    Checked in this order. Necessary are: P is stochastic; det P > 0, as det exp(tQ) = e^{t tr Q}; P_ii > 0 and
+    det P ≤ Π P_ii [Goodman1970]_; P_ij > 0 wherever P_ik > 0 and P_kj > 0. Then P must have a real principal logarithm
+    (no eigenvalue on the negative real axis), and that must lie in the cone. With two states det P > 0 is enough. With
+    more, another logarithm may be a rate matrix where the principal one is none, with two exceptions: there is no
+    other real one (positive, distinct eigenvalues [Culver1966]_); or det P > e^{−π}, for the eigenvalues of tQ have
+    imaginary parts of at most −tr(tQ) < π then (Gershgorin's discs), which makes tQ principal.
 
     Args:
         P: (N, N), one matrix.

@@ -4,5 +4,14 @@ from liegroup_attn.generators.base import Generator
 from liegroup_attn.generators.dense import DenseGenerator
 from liegroup_attn.generators.low_rank import LowRankGenerator
 from liegroup_attn.generators.softmax import SoftmaxGenerator
+from liegroup_attn.generators.sums import HeadMixture, ScaledGenerator, SumGenerator
 
-__all__ = ["DenseGenerator", "Generator", "LowRankGenerator", "SoftmaxGenerator"]
+__all__ = [
+    "DenseGenerator",
+    "Generator",
+    "HeadMixture",
+    "LowRankGenerator",
+    "ScaledGenerator",
+    "SoftmaxGenerator",
+    "SumGenerator",
+]

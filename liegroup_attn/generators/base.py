@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -65,6 +66,14 @@ class Generator(ABC):
         return eye + dense / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound), None
 
     @abstractmethod
+    def jump_intensities(self) -> Tensor:
+        """λ with Q = Λ(S − I), S what ``jump`` applies. Not the exit rates, which are λ_i(1 − S_ii).
+
+        Returns:
+            (..., N or 1), ≥ 0, float32 or float64.
+        """
+
+    @abstractmethod
     def rate_bound(self) -> float | Tensor:
         """Λ with Λ ≥ every exit rate.
 
@@ -82,6 +91,24 @@ class Generator(ABC):
             ``(True, None)`` or ``(False, reason)``.
         """
         return is_rate_matrix(self.dense(), atol)
+
+    def __add__(self, other: Generator) -> Generator:
+        """Q₁ + Q₂, again a rate matrix: the chain that runs along both at once."""
+        from liegroup_attn.generators.sums import SumGenerator  # a sum is a generator itself
+
+        return SumGenerator(self, other) if isinstance(other, Generator) else NotImplemented
+
+    def __mul__(self, factor: Tensor | float) -> Generator:
+        """diag(f)Q for f ≥ 0: the same chain at another speed, in all or token by token.
+
+        Args:
+            factor: a number, or (..., N or 1).
+        """
+        from liegroup_attn.generators.sums import ScaledGenerator
+
+        return ScaledGenerator(self, factor) if isinstance(factor, Tensor | Real) else NotImplemented
+
+    __rmul__ = __mul__
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -51,11 +51,11 @@ class DenseGenerator(Generator):
         if matrix.dtype != generator.dtype:  # rows that sum to 0 in half precision do not in float32
             rest = matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
             matrix = rest - torch.diag_embed(rest.sum(-1))
-        self._hold(matrix, None)
+        self._hold(matrix)
 
-    def _hold(self, matrix: Tensor, rates: Tensor | None) -> None:
+    def _hold(self, matrix: Tensor, rates: Tensor | None = None, rho: Tensor | None = None) -> None:
         self.num_states, self.batch_shape = matrix.size(-1), matrix.shape[:-2]
-        self._matrix, self._rates = matrix, rates
+        self._matrix, self._rates, self._rho = matrix, rates, rho
 
     @classmethod
     def from_rates(cls, rates: Tensor, *, jump_rates: Tensor | float | None = None) -> DenseGenerator:
@@ -93,7 +93,41 @@ class DenseGenerator(Generator):
         off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
         matrix = off_diagonal - torch.diag_embed(off_diagonal.sum(-1))
         generator = cls.__new__(cls)
-        generator._hold(matrix if rho is None else rho.unsqueeze(-1).to(matrix.dtype) * matrix, rates)
+        generator._hold(matrix if rho is None else rho.unsqueeze(-1).to(matrix.dtype) * matrix, rates, rho)
+        return generator
+
+    @classmethod
+    def from_offsets(cls, past: Tensor, future: Tensor | None = None) -> DenseGenerator:
+        """The Toeplitz generator Q_ij = r(i − j): rates that depend on the distance alone.
+
+        Args:
+            past: (..., N − 1), ≥ 0: rate to the token 1, 2, … places back.
+            future: (..., N − 1), ≥ 0: rate to the token 1, 2, … places ahead; None makes Q causal.
+
+        Returns:
+            The generator on N tokens.
+
+        Raises:
+            ShapeError: ``future`` has another shape than ``past``.
+            GeneratorError: negative or non-finite rates (CPU).
+
+        Example:
+            >>> DenseGenerator.from_offsets(torch.tensor([1.0, 0.5])).dense()
+            tensor([[ 0.0000,  0.0000,  0.0000],
+                    [ 1.0000, -1.0000,  0.0000],
+                    [ 0.5000,  1.0000, -1.5000]])
+        """
+        check_shape("past", past, least_rank=1, remedy="give (..., N − 1)")
+        if future is not None and future.shape != past.shape:
+            raise ShapeError(
+                f"future: expected past's shape {tuple(past.shape)}, got {tuple(future.shape)}; one rate per distance"
+            )
+        ahead = torch.zeros_like(past) if future is None else future
+        n, itself = past.size(-1) + 1, past.new_zeros(*past.shape[:-1], 1)
+        by_offset = torch.cat([ahead.flip(-1), itself, past], -1)  # (..., 2N − 1)
+        place = torch.arange(n, device=past.device)
+        generator = cls.from_rates(by_offset[..., place[:, None] - place + n - 1])
+        generator.is_causal = future is None
         return generator
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
@@ -105,12 +139,20 @@ class DenseGenerator(Generator):
 
     def jump_chain(self) -> Tensor:
         """S as a matrix (..., N, N): normalized rates, a row without rates jumps to itself."""
-        rates = self._rates
-        if rates is None:
-            rates = self._matrix - torch.diag_embed(self._matrix.diagonal(dim1=-2, dim2=-1))
+        rates = self._chain_rates()
         total = rates.sum(-1, keepdim=True)
         eye = torch.eye(self.num_states, dtype=rates.dtype, device=rates.device)
         return torch.where(total > 0, rates / total.where(total > 0, 1), eye)
+
+    def _chain_rates(self) -> Tensor:
+        """Rates of which S is the normalization, (..., N, N): those given, or the matrix' own without its diagonal."""
+        if self._rates is not None:
+            return self._rates
+        return self._matrix - torch.diag_embed(self._matrix.diagonal(dim1=-2, dim2=-1))
+
+    def jump_intensities(self) -> Tensor:  # noqa: D102
+        total = self._chain_rates().sum(-1)
+        return total if self._rho is None else self._rho.to(total.dtype) * total
 
     def dense(self) -> Tensor:  # noqa: D102
         return self._matrix

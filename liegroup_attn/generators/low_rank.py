@@ -86,6 +86,10 @@ class LowRankGenerator(Generator):
         chain = self.jump_chain()
         return self._scaled(chain - torch.eye(self.num_states, dtype=chain.dtype, device=chain.device))
 
+    def jump_intensities(self) -> Tensor:  # noqa: D102
+        rate = torch.as_tensor(self.jump_rate, dtype=self.sources.dtype, device=self.sources.device)
+        return rate if rate.dim() else rate.unsqueeze(0)
+
     def rate_bound(self) -> float | Tensor:
         """λ, the largest where tokens differ; 1 where it is 0, for any bound will do there, but its gradient needs hops."""
         if isinstance(self.jump_rate, float):

@@ -153,6 +153,11 @@ class SoftmaxGenerator(Generator):
     def uniformized(self) -> tuple[Tensor, Tensor | None]:  # noqa: D102
         return self.jump_chain(), self.jump_rates
 
+    def jump_intensities(self) -> Tensor:  # noqa: D102
+        if self.jump_rates is None:
+            return torch.ones(1, dtype=at_least_float32(self.query).dtype, device=self.query.device)
+        return at_least_float32(self.jump_rates)
+
     def rate_bound(self) -> float:
         """1, whatever ρ: the number of hops is known from the time alone, before data is seen."""
         return 1.0

@@ -1,9 +1,9 @@
 """Training with Lightning: modules, data modules, optimizer, callbacks and the command line."""
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
-from liegroup_attn.lightning.data import ByteCorpus, RandomForests, TransitionCounts
+from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
 from liegroup_attn.lightning.guard import ManifoldGuard
-from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
+from liegroup_attn.lightning.modules import ImageClassifier, LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
 from liegroup_attn.lightning.precision import ManifoldPrecision
 from liegroup_attn.lightning.rates import RateEstimator
@@ -11,8 +11,10 @@ from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
     "ByteCorpus",
+    "Digits",
     "ExactResume",
     "GeneratorMonitor",
+    "ImageClassifier",
     "LanguageModel",
     "ManifoldGuard",
     "ManifoldPrecision",

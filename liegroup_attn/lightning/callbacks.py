@@ -163,7 +163,8 @@ def matrices(layer: SelfAttention, x: Tensor, head: int = 0) -> dict[str, Tensor
         found = {}
         if isinstance(layer, LieAttention) and layer.rate_fn is None:
             generator = layer.generator(x)
-            found = {"S": generator.jump_chain()[0, head], "Q": generator.dense()[0, head]}
+            eye = torch.eye(x.size(1), dtype=x.dtype, device=x.device).expand(len(x), layer.num_heads, -1, -1)
+            found = {"S": generator.jump(eye)[0, head], "Q": generator.dense()[0, head]}
         name = "P(t)" if isinstance(layer, LieAttention) else "softmax"
         return {key: m.float().cpu() for key, m in {**found, name: layer.mixing_matrix(x)[0, head]}.items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from liegroup_attn.errors import DtypeError, GeneratorError
-from liegroup_attn.lightning.optim import is_riemannian, stabilize
+from liegroup_attn.lightning.optim import is_riemannian
 from liegroup_attn.manifolds import ManifoldParameter, declared, off_manifold, restore
 
 __all__ = ["ManifoldGuard"]
@@ -32,8 +32,8 @@ class ManifoldGuard(L.Callback):
     Cost: one look at the gradients of manifold parameters per step (on a GPU it waits for them).
 
     Args:
-        every_n_steps: log ``manifold/<name>/distance`` (see ``manifolds.off_manifold``) to every logger, and project
-            parameters and momenta, every so many optimizer steps.
+        every_n_steps: log ``manifold/<name>/distance`` (see ``manifolds.off_manifold``) to every logger, and project,
+            every so many optimizer steps.
 
     Raises:
         ValueError: every_n_steps < 1.
@@ -91,8 +91,7 @@ class ManifoldGuard(L.Callback):
             distances = {f"manifold/{name}/distance": float(_distance(p)) for name, p in self._parameters.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(distances, step=step - 1)  # where Lightning puts this step's loss
-        for optimizer in trainer.optimizers:
-            stabilize(optimizer)
+        self._project()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -21,7 +21,7 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
         manifold: any geoopt manifold.
 
     Returns:
-        A number in at least float32, 0-dimensional; NaN where x has NaN, 0 without entries.
+        A number in at least float32, 0-dimensional; NaN where x has NaN or inf, 0 without entries.
 
     Raises:
         ShapeError: x does not have the manifold's shape.
@@ -35,6 +35,8 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     if not ok:
         raise ShapeError(f"x: expected a point on {manifold}, got shape {tuple(x.shape)}; {reason}")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # decompositions do not run in half precision
+    if not bool(torch.isfinite(x).all()):
+        return x.new_full((), torch.nan)  # a projection may fail on it
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         apart = (x - manifold.projx(x)).abs() / x.abs().clamp(min=1)
     return apart.max() if apart.numel() else apart.sum()

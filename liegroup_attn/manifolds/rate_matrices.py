@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ class RateMatrices(FlatManifold):
     Args:
         n: number of states, ≥ 1.
         support: (n, n) bool, True where a transition is allowed; the diagonal allows a token to stay. Default all.
+
+    Attributes:
+        n: number of states.
+        transitions: (n, n) bool, the support without its diagonal.
+        closed: whether the support is transitively closed; through one that is not, exp(tQ) leaks.
 
     Raises:
         GeneratorError: n < 1.
@@ -49,6 +56,7 @@ class RateMatrices(FlatManifold):
         super().__init__()
         # Plain tensors: a buffer would lend the manifold its dtype, and .to() does not reach a parameter's manifold.
         self.transitions = check_support(n, support)
+        self._moved = self.transitions
         self.n = n
         self.closed = is_closed(self.transitions)
         self._full = n > 1 and int(self.transitions.sum()) == n * (n - 1)
@@ -56,11 +64,14 @@ class RateMatrices(FlatManifold):
     def extra_repr(self) -> str:  # noqa: D102
         return f"n={self.n}" if self._full else f"n={self.n}, transitions={int(self.transitions.sum())}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_moved": self.transitions}
+
     def _allowed(self, x: Tensor) -> Tensor:
         """The transitions, where x is."""
-        if self.transitions.device != x.device:
-            self.transitions = self.transitions.to(x.device)
-        return self.transitions
+        if self._moved.device != x.device:
+            self._moved = self.transitions.to(x.device)
+        return self._moved
 
     def _kept(self, x: Tensor) -> Tensor:
         """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; in place."""

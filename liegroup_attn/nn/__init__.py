@@ -3,16 +3,31 @@
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import sample
+from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention, scale_time
+from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
+from liegroup_attn.nn.scores import BilinearScores, RateScores, SkewScores, SpectralScores, SymmetricScores
+from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.nn.transformer import Transformer
 
 __all__ = [
     "AttentionCache",
     "AttentionRecipe",
+    "BilinearScores",
+    "LearnedGenerator",
     "LieAttention",
+    "LieMixer",
+    "RateMatrix",
+    "RateScores",
+    "RelativeRates",
+    "Residual",
+    "ResidualStreams",
     "SelfAttention",
+    "SkewScores",
     "SoftmaxAttention",
+    "SpectralScores",
+    "SymmetricScores",
     "Transformer",
     "TransformerCache",
     "build_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape
 from liegroup_attn.nn.cache import AttentionCache
+from liegroup_attn.nn.scores import BilinearScores
 from liegroup_attn.positional import RotaryEncoding
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
@@ -24,12 +26,14 @@ class SelfAttention(nn.Module, ABC):
         num_kv_heads: heads of keys and values, divides H; default H.
         is_causal: lower-triangular mask.
         rotary: position encoding of queries and keys; None for none.
+        scores: makes queries and keys instead of two linear projections, see ``BilinearScores``.
         dropout: probability of dropping an entry of S, in training.
-        bias: of the four projections.
+        bias: of the projections.
 
     Raises:
         ShapeError: widths or heads that do not divide.
         ValueError: dropout outside [0, 1).
+        MaskError: symmetric scores with a causal mask or a rotary encoding, which break the symmetry.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class SelfAttention(nn.Module, ABC):
         num_kv_heads: int | None = None,
         is_causal: bool = False,
         rotary: RotaryEncoding | None = None,
+        scores: BilinearScores | None = None,
         dropout: float = 0.0,
         bias: bool = False,
     ) -> None:
@@ -61,10 +66,28 @@ class SelfAttention(nn.Module, ABC):
         self.is_causal = is_causal
         self.dropout = dropout
         self.rotary = rotary
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
+        self._make_scores(scores, bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+
+    def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
+        """Two projections, or the module that stands for them."""
+        self.scores = scores
+        if scores is None:
+            self.q_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias)
+            self.k_proj = nn.Linear(self.embed_dim, self.num_kv_heads * self.head_width, bias=bias)
+            return
+        sizes = self.embed_dim, self.num_heads, self.num_kv_heads
+        if sizes != (scores.embed_dim, scores.num_heads, scores.num_heads):
+            raise ShapeError(
+                f"scores: expected embed_dim, num_heads and num_kv_heads {sizes} with as many key heads, got "
+                f"{scores.embed_dim}, {scores.num_heads}; make them for this layer and leave num_kv_heads out"
+            )
+        if scores.symmetric and (self.is_causal or self.rotary is not None):
+            raise MaskError(
+                f"scores: expected is_causal=False and rotary=None with {type(scores).__name__}, got one of them; they "
+                "break the symmetry, use relative rates for positions"
+            )
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, dropout={self.dropout}"
@@ -135,7 +158,7 @@ class SelfAttention(nn.Module, ABC):
             )
         if batch_size < 1 or max_tokens < 1:
             raise CacheError(f"cache: expected batch_size, max_tokens ≥ 1, got {batch_size}, {max_tokens}; make room")
-        weight = self.k_proj.weight
+        weight = self.v_proj.weight
         dtype, device = weight.dtype if dtype is None else dtype, weight.device if device is None else device
         heads, width, kept = self.cached_values(dtype)
         keys = torch.zeros(batch_size, self.num_kv_heads, max_tokens, self.head_width, dtype=dtype, device=device)
@@ -194,16 +217,33 @@ class SelfAttention(nn.Module, ABC):
         eye = torch.eye(x.size(1), dtype=value.dtype, device=x.device)
         return self.mix(x, query, key, eye.expand(*value.shape[:2], -1, -1), attn_mask)
 
-    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _values(self, x: Tensor) -> Tensor:
         check_shape("x", x, least_rank=3, remedy="give (batch, tokens, width)")
         if x.dim() != 3 or x.size(-1) != self.embed_dim:
             raise ShapeError(f"x: expected (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}; match embed_dim")
-        query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
-        key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
-        value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
+        return self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
+
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        value = self._values(x)
+        if self.scores is not None:
+            query, key = self.scores(x)
+        else:
+            query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
+            key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
-        return query, key, value
+        bias = None if self.scores is None else self.scores.key_bias(x)
+        return (query, key, value) if bias is None else (*_with_bias(query, key, bias), value)
+
+
+def _with_bias(query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """One more feature, so that q·k/√(D + 1) is what q·k/√D + bias was: (B, H, N, D + 1)."""
+    width = query.size(-1)
+    one = torch.full_like(query[..., :1], math.sqrt(width + 1))
+    return (
+        torch.cat([query * math.sqrt((width + 1) / width), one], -1),
+        torch.cat([key, bias.unsqueeze(-1).to(key.dtype)], -1),
+    )
 
 
 class SoftmaxAttention(SelfAttention):

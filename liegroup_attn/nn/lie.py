@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import CacheError, GeneratorError
+from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
-from liegroup_attn.functional import lie_attention
-from liegroup_attn.generators import SoftmaxGenerator
-from liegroup_attn.manifolds import OpenInterval, hold
+from liegroup_attn.functional import expm_multiply, joined_generator, lie_attention
+from liegroup_attn.generators import Generator, SoftmaxGenerator
+from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
+from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -37,6 +38,11 @@ class LieAttention(SelfAttention):
         first_hop: the query first jumps to a token, then the chain runs; with t → 0 this is softmax attention.
         clock: law of the time; None is fixed (Poisson hops), ``ExponentialClock()`` the resolvent.
         rate_fn: scores → rates; None is the jump chain.
+        plus: a learned generator that is added to Q, or flowed along before with ``ordered``: ``RelativeRates`` for
+            positions, ``RateMatrix`` for a fixed number of tokens. Its rates are per unit of the layer's time.
+        ordered: the product exp(tQ)exp(tQ₊) instead of exp(t(Q + Q₊)): first along ``plus``, then along Q.
+        mix_heads: every head flows along Σ_h w_gh Q_h each head a relation; the rows of w > 0 sum to 1
+            (``StochasticMatrices``) and w starts near the identity.
         tol: largest probability of hops beyond those computed.
         method: how exp(tQ)V is computed. None chooses by clock, size and the hops that ``max_time`` and ``tol`` ask for,
             see ``expm.Automatic``.
@@ -55,6 +61,9 @@ class LieAttention(SelfAttention):
     Source: docs/mathematics.
     """
 
+    time: Tensor
+    head_weights: Tensor | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -68,6 +77,9 @@ class LieAttention(SelfAttention):
         first_hop: bool = False,
         clock: Clock | None = None,
         rate_fn: Callable[[Tensor], Tensor] | None = None,
+        plus: LearnedGenerator | None = None,
+        ordered: bool = False,
+        mix_heads: bool = False,
         tol: float = 1e-3,
         method: Method | None = None,
         allow_open_mask: bool = False,
@@ -86,6 +98,7 @@ class LieAttention(SelfAttention):
         self.first_hop = first_hop
         self.clock = clock
         self.rate_fn = rate_fn
+        self._add(plus, ordered, mix_heads)
         self.tol = tol
         self.method = method
         self.allow_open_mask = allow_open_mask
@@ -99,6 +112,21 @@ class LieAttention(SelfAttention):
             self.rate_weight = nn.Parameter(torch.zeros(num_heads, embed_dim))
             self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate))))
         self.learn_rates = learn_rates
+
+    def _add(self, plus: LearnedGenerator | None, ordered: bool, mix_heads: bool) -> None:
+        if plus is not None:
+            check_heads(plus, self.num_heads)
+            if self.is_causal and not plus.is_causal:
+                raise MaskError("plus: expected a causal generator beside is_causal=True, got one that leads ahead")
+        elif ordered:
+            raise GeneratorError("ordered: expected False without plus, got True; a product needs two generators")
+        self.plus, self.ordered = plus, ordered
+        if not mix_heads:
+            self.head_weights = None
+        else:
+            h = self.num_heads
+            # Rows sum to 1: time alone carries the scale, and the hops stay as many.
+            hold(self, "head_weights", torch.full((h, h), 0.1 / h) + 0.9 * torch.eye(h), StochasticMatrices())
 
     def extra_repr(self) -> str:  # noqa: D102
         switches = f"first_hop={self.first_hop}, clock={self.clock}, max_time={self.max_time:g}"
@@ -117,10 +145,8 @@ class LieAttention(SelfAttention):
             return None
         return F.linear(x, self.rate_weight, self.rate_bias).sigmoid().transpose(1, 2)
 
-    def generator(
-        self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None
-    ) -> SoftmaxGenerator:
-        """Q of the layer's input (with ``rate_fn=None``).
+    def generator(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Generator:
+        """Q of the layer's input (with ``rate_fn=None``), all that is added included; with ``ordered`` without ``plus``.
 
         Args:
             x: (B, N, C).
@@ -134,12 +160,10 @@ class LieAttention(SelfAttention):
             GeneratorError: the layer has a rate_fn.
         """
         if self.rate_fn is not None:
-            raise GeneratorError(
-                "rate_fn: expected None for a SoftmaxGenerator, got a rate function; use mixing_matrix"
-            )
+            raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
         query, key, _ = self._project(x, positions)
         key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-        return SoftmaxGenerator(
+        chain = SoftmaxGenerator(
             query,
             key,
             jump_rates=self.jump_rates(x),
@@ -147,6 +171,8 @@ class LieAttention(SelfAttention):
             is_causal=self.is_causal,
             allow_open_mask=self.allow_open_mask,
         )
+        plus = None if self.plus is None or self.ordered else self.plus(x.size(-2))
+        return joined_generator(chain, None, self.head_weights, plus)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         time = state_dict.get(f"{prefix}time")
@@ -163,6 +189,14 @@ class LieAttention(SelfAttention):
         return self.time * self.time_scale
 
     def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+        plus = None if self.plus is None else self.plus(x.size(-2))
+        if plus is not None and self.ordered:
+            if attn_mask is not None:
+                raise MaskError("attn_mask: expected None with ordered=True, got a mask; add the generators instead")
+            value = value.repeat_interleave(self.num_heads // value.size(1), 1)
+            how = Automatic(self.tol) if self.method is None else self.method
+            value = expm_multiply(plus, value, self.flow_time(), clock=self.clock, method=how)
+            plus = None
         return lie_attention(
             query,
             key,
@@ -176,6 +210,8 @@ class LieAttention(SelfAttention):
             first_hop=self.first_hop,
             clock=self.clock,
             rate_fn=self.rate_fn,
+            plus=plus,
+            head_weights=self.head_weights,
             method=self._method(),
             allow_open_mask=self.allow_open_mask,
         )
@@ -213,9 +249,10 @@ class LieAttention(SelfAttention):
 
     def _sweep(self) -> CausalSweep:
         """The sweep that computes on new tokens what ``forward`` computes on all."""
-        if self.rate_fn is not None:
+        if not (self.rate_fn is self.plus is self.head_weights is None):
             raise CacheError(
-                "cache: expected a layer with rate_fn=None, got a rate function; only jump chains are swept"
+                "cache: expected a layer with rate_fn=None, plus=None and mix_heads=False, got one of them; only the jump "
+                "chain of one head is swept, generate with use_cache=False"
             )
         clock = self.clock or FixedClock()
         if clock.resolvents is not None:
@@ -229,6 +266,8 @@ class LieAttention(SelfAttention):
     def _method(self) -> Method | None:
         if self.method is not None or self.rate_fn is not None:  # the rates of a rate_fn are not known before data is
             return self.method
+        if self.plus is not None and not self.ordered:  # its rates are learned without bound
+            return Automatic(self.tol)
         return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
 
 

@@ -6,22 +6,28 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 import liegroup_attn
+from liegroup_attn import manifolds
+from liegroup_attn.nn import scores as score_modules
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
+from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention
+from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.positional import RotaryEncoding
 
 __all__ = ["AttentionRecipe", "build_attention"]
-
-_MODULES = {"SoftmaxAttention": SoftmaxAttention, "LieAttention": LieAttention}
 
 
 class AttentionRecipe(TypedDict, total=False):
     """What to build: the module's name and its own arguments; names are those of the library's classes.
 
-    Everything but ``module`` belongs to ``LieAttention``; see there. ``clock_shape`` is the s of ``ErlangClock``.
+    ``module`` and ``scores`` belong to softmax attention too, all else to ``LieAttention`` or ``LieMixer``; see there.
+    ``clock_shape`` is the s of ``ErlangClock``. A learned generator is named by ``plus`` (``LieAttention``) or
+    ``generator`` (``LieMixer``); ``max_distance`` is that of ``RelativeRates``, ``num_tokens`` and ``manifold`` those of
+    ``RateMatrix``, ``learned_rate`` the exit rate of either at the start.
     """
 
-    module: Literal["SoftmaxAttention", "LieAttention"]
+    module: Literal["SoftmaxAttention", "LieAttention", "LieMixer"]
+    scores: Literal["SpectralScores", "SkewScores", "RateScores", "SymmetricScores"]
     time: float
     max_time: float
     learn_time: bool
@@ -31,8 +37,26 @@ class AttentionRecipe(TypedDict, total=False):
     clock: Literal["FixedClock", "ExponentialClock", "ErlangClock"]
     clock_shape: int
     rate_fn: Literal["exponential", "softplus", "squared_relu"]
+    plus: Literal["RelativeRates", "RateMatrix"]
+    ordered: bool
+    mix_heads: bool
+    generator: Literal["RelativeRates", "RateMatrix"]
+    max_distance: int
+    num_tokens: int
+    manifold: Literal["RateMatrices", "ReversibleRateMatrices", "DoublyBalancedRateMatrices"]
+    learned_rate: float
     tol: float
     allow_open_mask: bool
+
+
+_LEARNED = {"max_distance", "num_tokens", "manifold", "learned_rate"}
+_CLOCK = {"clock", "clock_shape"}
+_KEYS: dict[str, set[str]] = {
+    "SoftmaxAttention": {"scores"},
+    "LieMixer": {"generator", *_LEARNED, *_CLOCK},
+    "LieAttention": set(AttentionRecipe.__annotations__) - {"module", "generator"},
+}
+_MODULES = {"SoftmaxAttention": SoftmaxAttention, "LieAttention": LieAttention}
 
 
 def build_attention(
@@ -56,21 +80,30 @@ def build_attention(
         >>> build_attention({"module": "LieAttention", "clock": "ExponentialClock"}, 8, 2).clock
         ExponentialClock()
     """
-    known = set(AttentionRecipe.__annotations__)
     given: dict[str, Any] = {key: value for key, value in recipe.items() if value is not None}
     name = given.pop("module", None)
-    if name not in _MODULES:
-        raise ValueError(f"attention.module: expected one of {sorted(_MODULES)}, got {name!r}; name a module")
-    unknown = sorted(set(given) - known)
-    if unknown or (name == "SoftmaxAttention" and given):
-        allowed = sorted(known) if name == "LieAttention" else ["module"]
-        raise ValueError(
-            f"attention: expected keys from {allowed} for {name}, got {unknown or sorted(given)}; remove them"
-        )
-    for key in ("clock", "rate_fn"):
-        names = get_args(get_type_hints(AttentionRecipe)[key])
-        if key in given and given[key] not in names:
+    if name not in _KEYS:
+        raise ValueError(f"attention.module: expected one of {sorted(_KEYS)}, got {name!r}; name a module")
+    if unknown := sorted(set(given) - _KEYS[name]):
+        raise ValueError(f"attention: expected keys from {sorted(_KEYS[name])} for {name}, got {unknown}; remove them")
+    for key, kind in get_type_hints(AttentionRecipe).items():
+        if key in given and (names := get_args(kind)) and given[key] not in names:
             raise ValueError(f"attention.{key}: expected one of {sorted(names)}, got {given[key]!r}; name one of them")
+    _build_clock(given)
+    if "rate_fn" in given:
+        given["rate_fn"] = getattr(liegroup_attn, given["rate_fn"])
+    if "scores" in given:
+        given["scores"] = getattr(score_modules, given["scores"])(embed_dim, num_heads)
+    learned = _build_learned(given, num_heads, options.get("is_causal", False))
+    if name != "LieMixer":
+        return _MODULES[name](embed_dim, num_heads, **given, **options)
+    if learned is None:
+        raise ValueError("attention.generator: expected RelativeRates or RateMatrix with LieMixer, got none; name one")
+    kept = {key: value for key, value in options.items() if key in ("dropout", "bias")}  # it has no queries to rotate
+    return LieMixer(embed_dim, num_heads, learned, **{k: v for k, v in given.items() if k == "clock"}, **kept)
+
+
+def _build_clock(given: dict[str, Any]) -> None:
     shape, erlang = given.pop("clock_shape", None), given.get("clock") == "ErlangClock"
     if erlang != (shape is not None):
         raise ValueError(
@@ -79,9 +112,28 @@ def build_attention(
         )
     if "clock" in given:
         given["clock"] = getattr(liegroup_attn, given["clock"])(*([shape] if erlang else []))
-    if "rate_fn" in given:
-        given["rate_fn"] = getattr(liegroup_attn, given["rate_fn"])
-    return _MODULES[name](embed_dim, num_heads, **given, **options)
+
+
+def _build_learned(given: dict[str, Any], num_heads: int, is_causal: bool) -> LearnedGenerator | None:
+    """The learned generator, put in the place of its name in ``given``."""
+    where = "generator" if "generator" in given else "plus"
+    name, rate = given.get(where), given.pop("learned_rate", None)
+    needs = {"RelativeRates": {"max_distance"}, "RateMatrix": {"num_tokens"}, None: set()}[name]
+    may = needs | ({"manifold"} if name == "RateMatrix" else set())
+    own = {key: given.pop(key) for key in ("max_distance", "num_tokens", "manifold") if key in given}
+    if not needs <= set(own) <= may or (rate is not None and name is None):
+        raise ValueError(
+            f"attention.{where}: expected {sorted(needs) or 'no key of a learned generator'} with {name}, got {sorted(own)}; "
+            "name the generator and give what it needs"
+        )
+    if name is None:
+        return None
+    more: dict[str, Any] = {"is_causal": is_causal} | ({} if rate is None else {"rate": rate})
+    if "manifold" in own:
+        more["manifold"] = getattr(manifolds, own["manifold"])(own["num_tokens"])
+    kind = {"RelativeRates": RelativeRates, "RateMatrix": RateMatrix}[name]
+    given[where] = built = kind(num_heads, own.get("max_distance", own.get("num_tokens")), **more)
+    return built
 
 
 def build_rotary(head_width: int, layout: str | None, base: float) -> RotaryEncoding | None:

@@ -13,14 +13,23 @@ from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import continue_tokens
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_rotary
+from liegroup_attn.nn.streams import Residual, ResidualStreams
 
 __all__ = ["Block", "Transformer"]
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x)."""
+    """x + attention(norm x), then x + feed-forward(norm x); or the same on several residual streams."""
 
-    def __init__(self, attention: SelfAttention, width: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(
+        self,
+        attention: SelfAttention,
+        width: int,
+        mlp_ratio: float,
+        dropout: float,
+        attention_residual: Residual | None = None,
+        mlp_residual: Residual | None = None,
+    ) -> None:
         super().__init__()
         hidden = int(mlp_ratio * width)
         self.attention_norm = nn.LayerNorm(width)
@@ -28,6 +37,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(dropout)
+        self.attention_residual = attention_residual or Residual()
+        self.mlp_residual = mlp_residual or Residual()
 
     def forward(
         self,
@@ -36,9 +47,11 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        """(B, N, C) → (B, N, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), attn_mask, positions, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        """(B, N, C) → (B, N, C), or (B, N, S, C) → (B, N, S, C) on S streams."""
+        y = self.attention(self.attention_norm(self.attention_residual.read(x)), attn_mask, positions, cache)
+        x = self.attention_residual.write(x, self.dropout(y))
+        y = self.mlp(self.mlp_norm(self.mlp_residual.read(x)))
+        return self.mlp_residual.write(x, self.dropout(y))
 
 
 class Transformer(nn.Module):
@@ -54,9 +67,10 @@ class Transformer(nn.Module):
         dropout: on attention entries and on each residual branch, in training.
         rotary_layout: "half_split" or "interleaved" RoPE on queries and keys; None for no positions.
         rotary_base: of the RoPE frequencies.
+        streams: number of residual streams; more than one mix by ``ResidualStreams``, and their mean is what comes out.
 
     Raises:
-        ShapeError: widths and heads that do not divide.
+        ShapeError: widths and heads that do not divide, streams < 1.
         ValueError: an unknown key or name in the recipe.
 
     Example:
@@ -80,16 +94,21 @@ class Transformer(nn.Module):
         dropout: float = 0.0,
         rotary_layout: str | None = "half_split",
         rotary_base: float = 10_000.0,
+        streams: int = 1,
     ) -> None:
         super().__init__()
+        if streams < 1:
+            raise ShapeError(f"streams: expected at least 1, got {streams}; 1 is the ordinary residual connection")
         if num_heads < 1 or width % num_heads:
             raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
         recipe = {"module": "SoftmaxAttention"} if attention is None else attention
         blocks = []
-        for _ in range(depth):
+        for i in range(depth):
             rotary = build_rotary(width // num_heads, rotary_layout, rotary_base)
             layer = build_attention(recipe, width, num_heads, is_causal=is_causal, rotary=rotary, dropout=dropout)
-            blocks.append(Block(layer, width, mlp_ratio, dropout))
+            residuals = [ResidualStreams(streams, reads=2 * i + k) if streams > 1 else Residual() for k in range(2)]
+            blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))
+        self.streams = streams
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
 
@@ -133,6 +152,8 @@ class Transformer(nn.Module):
         if cache is not None and len(cache) != len(self.blocks):
             raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
         start = 0 if cache is None else cache.length
+        if self.streams > 1:
+            x = x.unsqueeze(-2).expand(*x.shape[:-1], self.streams, x.size(-1))  # (B, N, S, C)
         try:
             for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
                 x = block(x, attn_mask, positions, kept)
@@ -140,7 +161,7 @@ class Transformer(nn.Module):
             for kept in cache or []:  # a call that ends half-way keeps nothing
                 kept.crop(start)
             raise
-        return self.norm(x)
+        return self.norm(x.mean(-2) if self.streams > 1 else x)
 
     @torch.no_grad()
     def generate(

@@ -202,6 +202,15 @@ def test_the_derivative_of_log_inverts_that_of_exp():
     close(back, H, 1e-11)
 
 
+@pytest.mark.parametrize("function", [expm, logm, lambda X: dexp(X, X)])
+def test_function_transforms(function):
+    A = expm(algebra_element(3, 4, size=0.3))
+    torch.testing.assert_close(torch.func.vmap(function, in_dims=1)(A.movedim(0, 1)), function(A))
+    jacobian = torch.func.vmap(torch.func.jacrev(function))(A)
+    torch.testing.assert_close(jacobian, torch.func.vmap(torch.func.jacfwd(function))(A))
+    torch.testing.assert_close(jacobian[0], torch.autograd.functional.jacobian(function, A[0]))
+
+
 NO_LOG = {
     "zero": (torch.zeros(2, 2), "singular"),
     "rank one": (torch.tensor([[0.3, 0.7], [0.3, 0.7]]), "singular"),

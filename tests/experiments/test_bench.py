@@ -135,6 +135,20 @@ def test_decoding_is_timed_without_its_prompt():
     assert all(len(row["seconds"]) == 2 for row in rows.values())
 
 
+def test_a_part_of_its_own_file(tmp_path):
+    arguments = ["--parts", "optimizer", "--label", "step", "--repeats", "2", "--threads", "1", "--seconds", "1"]
+    bench.main([*arguments, "--output", str(tmp_path)])
+    (name, result), *others = load(tmp_path).items()
+    assert (name, others) == ("cpu-float32-step", [])
+    (cell,) = result["cells"].values()
+    assert set(cell["rows"]) == {parts.PLAIN, parts.ON_MANIFOLD}
+    assert all(len(row["seconds"]) == 2 for row in cell["rows"].values())
+    tables = benchmark_tables(tmp_path)
+    assert "not measured" not in tables["targets_cpu_float32_step"]
+    assert "RoPE" not in tables["targets_cpu_float32_step"]
+    assert "RiemannianAdamW, RateMatrices" in tables["optimizer_cpu_float32_step"]
+
+
 def test_report_comes_from_json_alone(measured, tmp_path, monkeypatch):
     (name, result), *_ = load(measured).items()
     write_json(tmp_path / "benchmarks" / "results" / f"{name}.json", result)
@@ -244,7 +258,8 @@ def test_the_command_ends_in_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-RESULTS = sorted((Path(__file__).parents[2] / "experiments" / "benchmarks" / "results").glob("cpu-*.json"))
+FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks" / "results"
+RESULTS = [path for path in sorted(FOLDER.glob("cpu-*.json")) if '"part": "small"' in path.read_text()]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -22,10 +22,10 @@ RUNS = [Run(e, v, b, 0) for e in EXPERIMENTS for v in variants_of(e) for b in ("
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name}-{run.budget}")
-def test_every_variant_differs_from_the_baseline_in_attention_and_depth_only(run):
+def test_every_variant_differs_from_the_baseline_in_its_architecture_only(run):
     base = Run(run.experiment, "softmax", run.budget, 0).config()
     config = run.config()
-    for key in ("attention", "depth"):
+    for key in ("attention", "depth", "streams"):
         base["model"]["init_args"].pop(key, None)
         config["model"]["init_args"].pop(key, None)
     assert config == base

@@ -222,3 +222,20 @@ def test_two_processes(place, tmp_path):
     assert "validation/loss" in header
     assert rows
     assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_manifold_precision_momentum_and_guard_from_the_command_line(run):
+    plugin = ["--trainer.plugins+=ManifoldPrecision", "--trainer.plugins.precision", "bf16-true"]
+    status, _, err = run("fit", *plugin, "--model.momentum", "0.9", "--model.manifold_learning_rate", "0.1")
+    assert status == 0, err
+    (file,) = Path().rglob("*.ckpt")
+    found = torch.load(file, weights_only=True)
+    dtypes = {name: v.dtype for name, v in found["state_dict"].items() if name.endswith(("time", "head.weight"))}
+    assert sorted(map(str, dtypes.values())) == ["torch.bfloat16", "torch.float32"]
+    groups = found["optimizer_states"][0]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.9] * 3
+    assert [group["initial_lr"] for group in groups] == [3e-3, 3e-3, 0.1]
+    status, _, err = run("fit", "--trainer.precision", "bf16-true")
+    assert status == 1
+    assert "time: expected float32 or float64" in err
+    assert "ManifoldPrecision" in err

@@ -268,6 +268,24 @@ def test_decay_on_a_manifold_is_refused():
     RiemannianAdamW([{"params": [time], "decay": 0.0}, {"params": [free]}], decay=0.1)
 
 
+@pytest.mark.parametrize("cls", [partial(RiemannianAdamW, lr=0.01), partial(RiemannianSGD, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize("stabilize", [1, 5, 10])
+def test_projections_leave_momentum_alone(cls, stabilize):
+    """geoopt's would double part of it on the canonical Stiefel manifold: every fifth step was enough to diverge."""
+    torch.manual_seed(0)
+    target = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64)).Q
+    ends = []
+    for every in (stabilize, None):
+        frame = ManifoldParameter(torch.eye(5, dtype=torch.float64)[:, :3].clone(), manifold=geoopt.Stiefel())
+        optimizer = cls([frame], stabilize=every)
+        for _ in range(200):
+            optimizer.zero_grad()
+            (frame * target).sum().neg().backward()
+            optimizer.step()
+        ends.append(frame.detach())
+    torch.testing.assert_close(*ends, atol=1e-9, rtol=0)
+
+
 # groups
 
 

@@ -7,7 +7,8 @@ import copy
 import pytest
 
 import liegroup_attn as la
-from liegroup_attn.nn import AttentionRecipe, LieAttention, SoftmaxAttention, build_attention
+from liegroup_attn.manifolds import ReversibleRateMatrices
+from liegroup_attn.nn import AttentionRecipe, LieAttention, SkewScores, SoftmaxAttention, build_attention
 
 LIE = {"module": "LieAttention"}
 SETTINGS = [
@@ -24,14 +25,32 @@ SETTINGS = [
     ("rate_fn", "exponential", lambda m: m.rate_fn is la.rates.exponential),
     ("rate_fn", "softplus", lambda m: m.rate_fn is la.rates.softplus),
     ("rate_fn", "squared_relu", lambda m: m.rate_fn is la.rates.squared_relu),
+    ("scores", "SkewScores", lambda m: type(m.scores) is SkewScores),
+    ("plus", "RelativeRates", lambda m: m.plus.max_distance == 3),
+    ("max_distance", 5, lambda m: m.plus.max_distance == 5),
+    ("num_tokens", 5, lambda m: m.plus.num_tokens == 5),
+    ("manifold", "ReversibleRateMatrices", lambda m: type(m.plus.matrix.manifold) is ReversibleRateMatrices),
+    ("learned_rate", 2.0, lambda m: m.plus(99).rate_bound().allclose(m.time.new_tensor(2.0), rtol=0.3)),
+    ("ordered", True, lambda m: m.ordered),
+    ("mix_heads", True, lambda m: m.head_weights.shape == (2, 2)),
     ("tol", 1e-5, lambda m: m.tol == 1e-5),
     ("allow_open_mask", True, lambda m: m.allow_open_mask is True),
 ]
 
+NEEDS = {  # what a key has no meaning without
+    "clock_shape": {"clock": "ErlangClock"},
+    "plus": {"max_distance": 3},
+    "max_distance": {"plus": "RelativeRates"},
+    "num_tokens": {"plus": "RateMatrix"},
+    "manifold": {"plus": "RateMatrix", "num_tokens": 4},
+    "learned_rate": {"plus": "RelativeRates", "max_distance": 3},
+    "ordered": {"plus": "RelativeRates", "max_distance": 3},
+}
+
 
 @pytest.mark.parametrize(("key", "value", "holds"), SETTINGS)
 def test_settings_arrive(key, value, holds):
-    recipe = {**LIE, key: value} | ({"clock": "ErlangClock"} if key == "clock_shape" else {})
+    recipe = {**LIE, **NEEDS.get(key, {}), key: value}
     given = copy.deepcopy(recipe)
     assert holds(build_attention(recipe, 8, 2))
     assert recipe == given  # the caller's dictionary goes into the checkpoint
@@ -40,7 +59,7 @@ def test_settings_arrive(key, value, holds):
 
 
 def test_every_key_is_in_the_table():
-    assert {key for key, _, _ in SETTINGS} | {"module"} == set(AttentionRecipe.__annotations__)
+    assert {key for key, _, _ in SETTINGS} | {"module", "generator"} == set(AttentionRecipe.__annotations__)
 
 
 def test_options_are_those_of_the_module():
@@ -52,16 +71,19 @@ def test_options_are_those_of_the_module():
 
 
 BAD = [
-    ({}, r"attention.module: expected one of \['LieAttention', 'SoftmaxAttention'\], got None; name a module"),
+    (
+        {},
+        r"attention.module: expected one of \['LieAttention', 'LieMixer', 'SoftmaxAttention'\], got None; name a module",
+    ),
     ({"module": "Softmax"}, r"attention.module: expected one of .*, got 'Softmax'; name a module"),
     ({**LIE, "tiem": 1.0}, r"attention: expected keys from \[.*'time'.*\] for LieAttention, got \['tiem'\]; remove"),
     (
         {"module": "SoftmaxAttention", "time": 1.0},
-        r"attention: expected keys from \['module'\] for SoftmaxAttention, got \['time'\]; remove",
+        r"attention: expected keys from \['scores'\] for SoftmaxAttention, got \['time'\]; remove",
     ),
     (
         {"module": "SoftmaxAttention", "tiem": 1.0},
-        r"attention: expected keys from \['module'\] for SoftmaxAttention, got \['tiem'\]; remove",
+        r"attention: expected keys from \['scores'\] for SoftmaxAttention, got \['tiem'\]; remove",
     ),
     *(
         (

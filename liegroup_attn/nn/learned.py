@@ -1,0 +1,191 @@
+"""Learned generators: rates by relative position, or a whole matrix on its manifold; added to Q or flowed along alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
+from liegroup_attn.generators import DenseGenerator, Generator
+from liegroup_attn.manifolds import PositiveVectors, RateMatrices, causal_support, hold
+
+__all__ = ["LearnedGenerator", "RateMatrix", "RelativeRates"]
+
+
+class LearnedGenerator(nn.Module, ABC):
+    """A generator that is a parameter: it knows the number of tokens and nothing of what they say.
+
+    Args:
+        num_heads: H.
+        is_causal: no rate leads ahead.
+    """
+
+    def __init__(self, num_heads: int, *, is_causal: bool = False) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ShapeError(f"num_heads: expected at least 1, got {num_heads}; give one generator per head")
+        self.num_heads, self.is_causal = num_heads, is_causal
+
+    @abstractmethod
+    def forward(self, num_tokens: int) -> Generator:
+        """The generator on N tokens.
+
+        Args:
+            num_tokens: N ≥ 1.
+
+        Returns:
+            A generator on (H, N, N).
+        """
+
+
+class RelativeRates(LearnedGenerator):
+    """Q_ij = r(i − j): positive rates by distance, a table near by and a power law beyond, so that any length will do.
+
+    Distance d ≤ D has its own rate per head; beyond, r(d) = r(D)(D/d)^(1 + a) with a learned a > 0, so that exit rates
+    stay bounded however long the sequence grows.
+
+    Args:
+        num_heads: H.
+        max_distance: D, size of the table.
+        is_causal: rates to earlier tokens only; else a table for either direction.
+        rate: exit rate at the start, of a token far from both ends.
+
+    Raises:
+        ShapeError: sizes < 1.
+        GeneratorError: rate not positive.
+
+    Example:
+        >>> rates = RelativeRates(2, 4, is_causal=True)
+        >>> rates(6).dense().shape
+        torch.Size([2, 6, 6])
+
+    Source: docs/mathematics, "Families".
+    """
+
+    past: Tensor
+    future: Tensor
+    tail: Tensor
+
+    def __init__(self, num_heads: int, max_distance: int, *, is_causal: bool = False, rate: float = 0.5) -> None:
+        super().__init__(num_heads, is_causal=is_causal)
+        if max_distance < 1:
+            raise ShapeError(f"max_distance: expected at least 1, got {max_distance}; give the table an entry")
+        if not 0 < rate < float("inf"):
+            raise GeneratorError(f"rate: expected a positive number, got {rate}; a rate of 0 has no gradient here")
+        self.max_distance = max_distance
+        start = torch.arange(1, max_distance + 1, dtype=torch.float32) ** -2.0
+        start = start / start.sum() * (rate if is_causal else rate / 2)
+        hold(self, "past", start.repeat(num_heads, 1), PositiveVectors())
+        if not is_causal:
+            hold(self, "future", start.repeat(num_heads, 1), PositiveVectors())
+        hold(self, "tail", torch.ones(num_heads, 1), PositiveVectors())
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_heads}, max_distance={self.max_distance}, is_causal={self.is_causal}"
+
+    def forward(self, num_tokens: int) -> DenseGenerator:  # noqa: D102
+        future = None if self.is_causal else self._by_distance(self.future, num_tokens)
+        return DenseGenerator.from_offsets(self._by_distance(self.past, num_tokens), future)
+
+    def _by_distance(self, table: Tensor, num_tokens: int) -> Tensor:
+        """r(1) … r(N − 1), (H, N − 1)."""
+        near = table[:, : num_tokens - 1]
+        if num_tokens - 1 <= self.max_distance:
+            return near
+        far = torch.arange(self.max_distance + 1, num_tokens, dtype=table.dtype, device=table.device)  # (beyond,)
+        return torch.cat([near, table[:, -1:] * (self.max_distance / far) ** (1 + self.tail)], -1)
+
+
+class RateMatrix(LearnedGenerator):
+    """One generator per head for a fixed number of tokens, a point of a manifold of rate matrices.
+
+    Args:
+        num_heads: H.
+        num_tokens: N.
+        manifold: where Q lives, on N states; default ``RateMatrices(N)``, on the causal support where ``is_causal``.
+            ``ReversibleRateMatrices`` and ``DoublyBalancedRateMatrices`` are others.
+        is_causal: no rate leads ahead; fewer than N tokens then take the upper left of Q.
+        rate: exit rate at the start, of a row with all transitions; rates are equal but for a spread between heads.
+        allow_open_support: accept a support that is not transitively closed and let exp(tQ) fill it.
+
+    Raises:
+        ShapeError: sizes < 1.
+        GeneratorError: rate not positive.
+        MaskError: a support that is not transitively closed, or not causal beside ``is_causal``.
+
+    Example:
+        >>> matrix = RateMatrix(2, 4)
+        >>> matrix(4).check()
+        (True, None)
+
+    Source: [Norris1997]_, section 2.1; docs/mathematics.
+    """
+
+    matrix: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_tokens: int,
+        *,
+        manifold: RateMatrices | None = None,
+        is_causal: bool = False,
+        rate: float = 1.0,
+        allow_open_support: bool = False,
+    ) -> None:
+        super().__init__(num_heads, is_causal=is_causal)
+        if num_tokens < 1:
+            raise ShapeError(f"num_tokens: expected at least 1, got {num_tokens}; the matrix has one row per token")
+        if not 0 < rate < float("inf"):
+            raise GeneratorError(f"rate: expected a positive number, got {rate}; a rate of 0 has no gradient here")
+        if manifold is None:
+            manifold = RateMatrices(num_tokens, causal_support(num_tokens) if is_causal else None)
+        _check_support(manifold, num_tokens, is_causal, allow_open_support)
+        self.num_tokens = num_tokens
+        # Draws no random numbers, so softmax attention under the same seed starts identical.
+        start = rate / max(1, num_tokens - 1) * torch.linspace(-0.2, 0.2, num_heads).exp().view(-1, 1, 1)
+        hold(self, "matrix", manifold.projx(start.expand(-1, num_tokens, num_tokens)), manifold)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_heads}, num_tokens={self.num_tokens}, is_causal={self.is_causal}"
+
+    def forward(self, num_tokens: int) -> DenseGenerator:  # noqa: D102
+        if num_tokens != self.num_tokens and not (self.is_causal and num_tokens < self.num_tokens):
+            most = "at most " if self.is_causal else ""
+            raise ShapeError(
+                f"num_tokens: expected {most}{self.num_tokens}, got {num_tokens}; a learned matrix has a fixed size, "
+                "RelativeRates fit any"
+            )
+        generator = generator_of(self.matrix[:, :num_tokens, :num_tokens])
+        generator.is_causal = self.is_causal
+        return generator
+
+
+def generator_of(matrix: Tensor) -> DenseGenerator:
+    """The generator with the rates of a parameter, whose diagonal is made anew: a cast leaves it off by rounding."""
+    eye = torch.eye(matrix.size(-1), dtype=torch.bool, device=matrix.device)
+    return DenseGenerator.from_rates(matrix.masked_fill(eye, 0))
+
+
+def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
+    if getattr(manifold, "n", None) != num_tokens:
+        raise ShapeError(
+            f"manifold: expected one of rate matrices on {num_tokens} states, got {manifold}; give e.g. RateMatrices({num_tokens})"
+        )
+    if is_causal and bool(manifold.transitions.triu(1).any()):
+        raise MaskError("manifold: expected a lower-triangular support beside is_causal=True, got one that leads ahead")
+    if not allow_open_support and not manifold.closed:
+        raise MaskError(
+            "manifold: expected a transitively closed support, got one that exp(tQ) fills; close it, or pass "
+            "allow_open_support=True"
+        )
+
+
+def check_heads(generator: LearnedGenerator, num_heads: int) -> None:
+    """Raise unless there is one generator per head."""
+    if generator.num_heads != num_heads:
+        raise ShapeError(
+            f"num_heads: expected the generator's {generator.num_heads}, got {num_heads}; give one generator per head"
+        )
