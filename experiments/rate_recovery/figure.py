@@ -12,14 +12,14 @@ from liegroup_attn.plots import plot_curves
 
 __all__ = ["recovery_figure"]
 
-# Okabe–Ito, as in the other figures: vermilion for the library's own, black for the classic.
+# Okabe–Ito, as in the other figures.
 LABELS = {
-    "likelihood": "maximum likelihood, RateMatrices",
     "reversible": "maximum likelihood, ReversibleRateMatrices",
+    "likelihood": "maximum likelihood, RateMatrices",
     "projected": "matrix logarithm, projected",
     "logarithm": "matrix logarithm",
 }
-COLORS = dict(zip(LABELS.values(), ("#D55E00", "#0072B2", "#7F7F7F", "#000000"), strict=True))
+COLORS = dict(zip(LABELS.values(), ("#0072B2", "#D55E00", "#7F7F7F", "#000000"), strict=True))
 SCATTERED = ("projected", "likelihood", "reversible")
 
 
@@ -52,6 +52,7 @@ def _errors(ax: Axes, results: list[dict[str, Any]]) -> None:
     shown = [tick for tick in ticks if low <= tick <= high]
     ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
+    ax.set_title(f"mean ± s.d. over {len(results)} seeds", fontsize=9)
     handles, labels = ax.get_legend_handles_labels()
     order = [labels.index(label) for label in (*reversed(LABELS.values()), labels[-1])]
     ax.legend([handles[i] for i in order], [labels[i] for i in order], frameon=False, fontsize=8, loc="lower left")
