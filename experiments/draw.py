@@ -10,14 +10,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.benchmarks.report import FOLDER, report
+from experiments.benchmarks import report as benchmarks
+from experiments.rate_recovery import report as rate_recovery
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
 from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matrices
 
 __all__ = ["draw"]
 
-DRAWN = (*EXPERIMENTS, FOLDER)
+REPORTS = {module.FOLDER: module.report for module in (benchmarks, rate_recovery)}
+DRAWN = (*EXPERIMENTS, *REPORTS)
 # One colour a variant in every figure (Okabe–Ito).
 COLORS = {
     TITLES["softmax"]: "#000000",
@@ -39,13 +41,13 @@ def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
     Args:
         output: holds ``<experiment>/results/*.json``; the repository's ``experiments`` folder also has its READMEs
             filled.
-        experiments: names, or ``benchmarks``.
+        experiments: names, also ``benchmarks`` and ``rate_recovery``.
 
     Returns:
         The files written.
     """
-    written = report(output) if FOLDER in experiments else []
-    for experiment in (name for name in experiments if name != FOLDER):
+    written = [path for name, report in REPORTS.items() if name in experiments for path in report(output)]
+    for experiment in (name for name in experiments if name not in REPORTS):
         results = load_results(output, experiment)
         if not results:
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.report import benchmark_tables
+from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
 __all__ = ["accuracy_at_depths", "fill_tables", "render_table"]
@@ -42,13 +43,13 @@ def fill_tables(path: Path, output: Path) -> bool:
     """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
 
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
-    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``.
+    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of the recovery, ``rate_recovery``.
     """
-    text, benchmark = path.read_text(), benchmark_tables(output)
+    text, others = path.read_text(), benchmark_tables(output) | recovery_tables(output)
 
     def fill(match: re.Match[str]) -> str:
         results = load_results(output, match[2]) if match[2] in EXPERIMENTS else {}
-        table = render_table(match[2], results) if results else benchmark.get(match[2])
+        table = render_table(match[2], results) if results else others.get(match[2])
         return match[1] + table + match[3] if table else match[0]
 
     filled = _BLOCK.sub(fill, text)

@@ -1,11 +1,12 @@
 """Training with Lightning: modules, data modules, optimizer, callbacks and the command line."""
 
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
-from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests
+from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
 from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.modules import ImageClassifier, LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
 from liegroup_attn.lightning.precision import ManifoldPrecision
+from liegroup_attn.lightning.rates import RateEstimator
 from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "ManifoldGuard",
     "ManifoldPrecision",
     "RandomForests",
+    "RateEstimator",
     "RiemannianAdamW",
     "RiemannianSGD",
     "TokenClassifier",
+    "TransitionCounts",
     "build_optimizer",
     "replicate",
     "warmup_cosine",

@@ -24,6 +24,7 @@ _EXPERIMENTS = {
     "compare": "experiments.compare",
     "draw": "experiments.draw",
     "bench": "experiments.benchmarks.bench",
+    "recover": "experiments.rate_recovery.run",
 }
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
@@ -32,6 +33,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
         train or run one model; --help after the word lists every key
   liegroup-attn compare [--help]    train every variant side by side, then the table and figures (from a clone)
   liegroup-attn bench [--help]      time and memory beside the competitors, table and figure (from a clone)
+  liegroup-attn recover [--help]    find a known generator again from transition counts, table and figure (from a clone)
   liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
 """
 
