@@ -39,7 +39,8 @@ class LieAttention(SelfAttention):
         clock: law of the time; None is fixed (Poisson hops), ``ExponentialClock()`` the resolvent.
         rate_fn: scores → rates; None is the jump chain.
         plus: a learned generator that is added to Q, or flowed along before with ``ordered``: ``RelativeRates`` for
-            positions, ``RateMatrix`` for a fixed number of tokens. Its rates are per unit of the layer's time.
+            positions, ``RateMatrix`` for a fixed number of tokens. Its rates are per unit of the layer's time; how many
+            hops they take is looked at in each call (a wait for a GPU) unless ``method`` says so.
         ordered: the product exp(tQ)exp(tQ₊) instead of exp(t(Q + Q₊)): first along ``plus``, then along Q.
         mix_heads: every head flows along Σ_h w_gh Q_h each head a relation; the rows of w > 0 sum to 1
             (``StochasticMatrices``) and w starts near the identity.

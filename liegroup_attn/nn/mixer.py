@@ -27,7 +27,8 @@ class LieMixer(SelfAttention):
         num_heads: H, divides C.
         generator: Q, H heads: ``RateMatrix`` for a fixed number of tokens, ``RelativeRates`` for any.
         clock: law of the time, mean 1; None is fixed.
-        method: how exp(Q)V is computed; None chooses.
+        method: how exp(Q)V is computed; None chooses by the rates as they are, hence breaks the graph of
+            ``torch.compile``; ``Uniformization(max_terms=K)`` does not look at them.
         dropout: probability of dropping an entry of exp(Q), in training.
         bias: of the two projections.
 

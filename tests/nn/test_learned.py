@@ -203,6 +203,27 @@ def test_the_same_seed_gives_the_parameters_of_softmax_attention(name):
     assert all(torch.equal(layer.get_parameter(n), value) for n, value in softmax.named_parameters())
 
 
+HOPS = la.Uniformization(max_terms=12)  # the rates need not be looked at
+COMPILED = {
+    "sums over heads": lambda: lie(mix_heads=True),
+    "symmetric scores": lambda: lie(scores=SymmetricScores(C, H)),
+    "relative rates": lambda: lie(plus=RelativeRates(H, 3), method=HOPS),
+    "mixer": lambda: LieMixer(C, H, RateMatrix(H, N), method=HOPS),
+    "streams": lambda: Transformer(C, 1, H, streams=3),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_without_a_break(name):
+    layer, x = COMPILED[name](), inputs().float()
+    wanted = layer(x)
+    torch._dynamo.reset()
+    got = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)
+    got.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 # what each is
 
 
