@@ -35,7 +35,7 @@ __all__ = [
     "transition_matrix",
 ]
 
-_LAZY = ("lightning", "manifolds", "metrics", "nn", "plots", "positional")
+_LAZY = ("algebra", "lightning", "manifolds", "metrics", "nn", "plots", "positional")
 
 
 def __getattr__(name: str) -> Any:

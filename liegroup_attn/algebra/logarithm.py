@@ -104,6 +104,10 @@ class _Logarithm(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return _dlog(ctx.saved_tensors[0], tangent)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], A: Tensor) -> tuple[Tensor, int]:
+        return _Logarithm.apply(A.movedim(in_dims[0], 0)), 0
+
 
 def _dlog(A: Tensor, E: Tensor) -> Tensor:
     """Fréchet derivative of log at A in the direction E."""

@@ -76,9 +76,9 @@ class RateMatrices(FlatManifold):
     def _kept(self, x: Tensor) -> Tensor:
         """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; in place."""
         least = torch.finfo(x.dtype).tiny ** 0.5
-        allowed = self._allowed(x).to(x.dtype)
-        # One pass: bounds [0, 0] where there is no transition.
-        return _closed_rows(x.clamp_(allowed * least, allowed / least), torch.float64)
+        most = self._allowed(x).to(x.dtype) / least
+        # One pass: where no transition is allowed, the least is above the most, which is 0 and has no derivative.
+        return _closed_rows(x.clamp_(torch.full_like(most, least), most), torch.float64)
 
     def projx(self, x: Tensor) -> Tensor:
         """The nearest rates that are allowed, and the diagonal that belongs to them."""

@@ -36,7 +36,8 @@ class SpecialOrthogonal(geoopt.Manifold):
 
     The metric is the same from both sides, so geodesics are R exp(sA). The retraction is Cayley's,
     R (I − A/2)⁻¹(I + A/2); transport is parallel along the geodesic, R H (Rᵀv) H with H the half of the rotation Rᵀy.
-    ``logmap`` and ``dist`` end where Rᵀy turns a plane by π and raise there.
+    ``logmap`` and ``dist`` end where Rᵀy turns a plane by π and raise there. ``projx`` and ``transp`` go by singular
+    values, which repeat: they cannot be differentiated by the points.
 
     Args:
         n: size of the rotations, ≥ 1.

@@ -6,13 +6,12 @@ Perplexity and plain accuracy are torchmetrics' own.
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from liegroup_attn.algebra import exit_rates, expected_hops
 from liegroup_attn.metrics.bits import BitsPerByte
 from liegroup_attn.metrics.by_depth import AccuracyByDepth
 from liegroup_attn.metrics.functional import (
     attention_entropy,
     bits_per_byte,
-    exit_rates,
-    expected_hops,
     row_stochasticity_error,
 )
 

@@ -102,6 +102,16 @@ def test_no_state_of_a_caller_is_written():
         assert all(torch.equal(a, b) for a, b in zip((x, u, v, y), before, strict=True)), verb
 
 
+@pytest.mark.parametrize("support", SUPPORTS.values(), ids=SUPPORTS)
+def test_verbs_can_be_differentiated(support):
+    m = RateMatrices(5, support)
+    x, y = (plain(m.random(5, 5, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    u = m.proju(x, torch.randn(5, 5, dtype=torch.float64)).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, u: m.expmap(m.projx(x), u), (x, u))
+    assert torch.autograd.gradcheck(lambda x, y, u: (m.transp(x, y, u), m.dist2(x, y)), (x, y, u))
+    assert torch.autograd.gradcheck(m.egrad2rgrad, (x, u))
+
+
 # rounding and ends
 
 
@@ -279,7 +289,9 @@ def test_off_manifold():
     assert float(off_manifold(Q, m)) == 0
     assert float(off_manifold(Q + torch.tensor([[0.5, 0.0], [0.0, 0.0]]), m)) == pytest.approx(0.5)
     assert float(off_manifold(Q * 100 - torch.tensor([[100.0, 0.0], [0.0, 0.0]]), m)) == pytest.approx(0.5)
-    assert math.isnan(float(off_manifold(Q * math.nan, m)))
+    for bad in (math.nan, math.inf):
+        assert math.isnan(float(off_manifold(Q * bad, m)))
+        assert math.isnan(float(off_manifold(Q * bad, FlatRateMatrices(2))))
     assert float(off_manifold(torch.zeros(0, 2, 2), m)) == 0
     assert float(off_manifold(torch.tensor([3.0]), OpenInterval(2.0))) == pytest.approx(1 / 3)
     assert off_manifold(Q.requires_grad_(), m).shape == ()
