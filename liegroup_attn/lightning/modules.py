@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.lightning.optim import RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianSGD
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
