@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.lightning.optim import RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
+from liegroup_attn.lightning.optim import RiemannianSGD
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
@@ -41,8 +42,10 @@ class _Trained(L.LightningModule):
         checkpoint["attention"] = self._variant()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        given = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        own = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        state = self.state_dict()
+        own = {name: tensor.shape for name, tensor in state.items()}
+        # Strategies that shard load the parameters by themselves.
+        given = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", state).items()}
         different = sorted(name for name in given | own if given.get(name) != own.get(name))
         own_variant = self._variant()
         stored = checkpoint.get("attention", own_variant)

@@ -1,8 +1,7 @@
-"""One optimizer for every variant: AdamW or SGD on free parameters, their Riemannian forms on manifolds, warm-up and cosine."""
+"""Riemannian Adam and SGD with decoupled decay; on free parameters they are torch's AdamW and SGD."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +9,16 @@ import geoopt
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from liegroup_attn.manifolds import ManifoldParameter, restore
+from liegroup_attn.manifolds import ManifoldParameter
 
-__all__ = ["RiemannianAdamW", "RiemannianSGD", "build_optimizer", "is_riemannian", "warmup_cosine"]
+__all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
 _REMEDIES = {
     "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
     "decoupled_weight_decay": "geoopt does not heed it; use decay, which is decoupled",
     "maximize": "geoopt does not heed it; negate the loss",
+    "amsgrad": "it is not built; leave it out",
     **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), "geoopt does not heed it; leave it out"),
 }
 
@@ -97,7 +96,7 @@ def _refuse_compilation() -> None:
 
 
 class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
-    """geoopt's RiemannianAdam with decoupled weight decay; on free parameters it is ``torch.optim.AdamW``.
+    """Riemannian Adam with decoupled weight decay; on free parameters it is ``torch.optim.AdamW``.
 
     geoopt's own ``weight_decay`` is an L2 penalty inside the gradient and it ignores ``decoupled_weight_decay``:
     comparing it with AdamW would compare two optimizers. It also reloads ``step`` as a float32 tensor.
@@ -109,7 +108,7 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         eps: as in Adam.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
         stabilize: project manifold parameters every so many steps; in float32 rotations drift by some 1e-7 per step.
-        **options: of ``torch.optim.Adam``; ``amsgrad`` is the one that geoopt heeds.
+        **options: refused by name: ``amsgrad``, ``maximize``, ``foreach``, ``fused``, ``weight_decay`` …
 
     Raises:
         ValueError: decay on a parameter that lives on a manifold; an option that geoopt would ignore.
@@ -129,6 +128,7 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         stabilize: int = 5,
         **options: Any,
     ) -> None:
+        _refuse_ignored(options)
         self._decay = decay
         super().__init__(params, lr=lr, betas=betas, eps=eps, stabilize=stabilize, **options)
 
@@ -136,8 +136,30 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; see ``torch.optim.Optimizer.step``."""
         loss = self._begin(closure)
-        super().step()
+        for group in self.param_groups:
+            due = [self._move(point, group) for point in group["params"] if point.grad is not None]
+            if group["stabilize"] is not None and any(steps % group["stabilize"] == 0 for steps in due):
+                self.stabilize_group(group)
         return loss
+
+    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> int:
+        """One parameter, in place where it can be: beside temporaries the arithmetic is cheap. Gives its steps so far."""
+        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
+        state, (beta1, beta2) = self.state[point], group["betas"]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(point), "exp_avg_sq": torch.zeros_like(point)}
+        state["step"] += 1
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        gradient = manifold.egrad2rgrad(point, point.grad)
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).add_(manifold.component_inner(point, gradient), alpha=1 - beta2)
+        size = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
+        there, carried = manifold.retr_transp(point, step, mean)
+        point.copy_(there)
+        if carried is not mean:
+            mean.copy_(carried)
+        return state["step"]
 
 
 class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
@@ -219,115 +241,6 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         velocity.copy_(carried)
 
 
-def build_optimizer(
-    module: nn.Module,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    *,
-    manifold_learning_rate: float | None = None,
-    optimizer: Callable[..., Optimizer] | None = None,
-) -> Optimizer:
-    """One optimizer for a module: AdamW without manifold parameters, else ``RiemannianAdamW``; or one of your choice.
-
-    Groups: matrices decay; norms, biases and embeddings do not; parameters on a manifold never do. Declared parameters
-    that have become plain ones are first made manifold parameters again, see ``manifolds.restore``.
-
-    Args:
-        module: holds the parameters.
-        learning_rate: > 0.
-        weight_decay: decoupled, ≥ 0, on matrices only.
-        betas: of Adam.
-        manifold_learning_rate: > 0, of parameters on a manifold; None is ``learning_rate``. Steps there are measured by
-            the manifold's metric.
-        optimizer: ``RiemannianSGD`` or ``RiemannianAdamW``, or a ``functools.partial`` of one that sets its options;
-            called with the groups and ``lr``. None chooses Adam as said above, with ``betas``.
-
-    Returns:
-        The optimizer; both kinds of Adam make the same steps on free parameters.
-
-    Raises:
-        ValueError: ``manifold_learning_rate`` not positive; another optimizer than those named.
-
-    Example:
-        >>> [len(g["params"]) for g in build_optimizer(nn.Linear(2, 2), 1e-3).param_groups]
-        [1, 1]
-        >>> from functools import partial
-        >>> chosen = partial(RiemannianSGD, momentum=0.9, nesterov=True)
-        >>> type(build_optimizer(nn.Linear(2, 2), 1e-1, optimizer=chosen)).__name__
-        'RiemannianSGD'
-
-    Source: [Loshchilov2019]_, [Kochurov2020]_.
-    """
-    if manifold_learning_rate is not None and not manifold_learning_rate > 0:
-        raise ValueError(
-            f"manifold_learning_rate: expected a positive number, got {manifold_learning_rate}; None is learning_rate"
-        )
-    restore(module)
-    on_manifold, matrices, others = _sort_parameters(module)
-    key = "decay" if on_manifold or optimizer is not None else "weight_decay"
-    groups: list[dict[str, Any]] = [
-        {"params": params, key: decay}
-        for params, decay in ((matrices, weight_decay), (others, 0.0), (on_manifold, 0.0))
-        if params
-    ]
-    if on_manifold and manifold_learning_rate is not None:
-        groups[-1]["lr"] = manifold_learning_rate
-    if optimizer is not None:
-        built = optimizer(groups, lr=learning_rate)
-        if not isinstance(built, _Decoupled):
-            raise ValueError(
-                f"optimizer: expected RiemannianSGD or RiemannianAdamW, got {type(built).__name__}; others know nothing "
-                "of manifolds and of decay per group"
-            )
-        return built
-    if on_manifold:
-        return RiemannianAdamW(groups, lr=learning_rate, betas=betas)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
-
-
-def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Those on a manifold, matrices, and the others."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    on_manifold, matrices, others = [], [], []
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
-        if isinstance(parameter, ManifoldParameter):
-            on_manifold.append(parameter)
-        elif parameter.dim() >= 2 and id(parameter) not in embeddings:
-            matrices.append(parameter)
-        else:
-            others.append(parameter)
-    return on_manifold, matrices, others
-
-
 def is_riemannian(optimizer: Optimizer) -> bool:
     """Whether an optimizer moves manifold parameters along their manifolds: one of ours or of geoopt's."""
     return isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
-
-
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 0.1) -> LambdaLR:
-    """Linear warm-up, then a cosine from 1 to ``floor`` times the learning rate.
-
-    Args:
-        optimizer: whose learning rates are scaled.
-        warmup_steps: steps of the linear rise.
-        total_steps: at which the cosine ends; past it the rate stays at the floor. −1 or inf: no decay.
-        floor: last factor.
-
-    Returns:
-        The schedule, to be stepped after each optimizer step.
-
-    Source: [Loshchilov2017]_.
-    """
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if not 0 < total_steps < math.inf:
-            return 1.0
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
-
-    return LambdaLR(optimizer, factor)

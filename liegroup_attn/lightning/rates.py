@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.generators import DenseGenerator
-from liegroup_attn.lightning.optim import build_optimizer
+from liegroup_attn.lightning.build import build_optimizer
 from liegroup_attn.manifolds import RateMatrices, ReversibleRateMatrices, hold
 
 __all__ = ["RateEstimator", "first_order_rates", "negative_log_likelihood"]

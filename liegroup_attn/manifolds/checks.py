@@ -14,7 +14,7 @@ Finding = tuple[bool, str | None]
 
 
 def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
-    """How far a point is off a manifold: the largest |x − projx(x)| / max(1, |x|) over its entries.
+    """How far a point is off a manifold: the largest ``|x − projx(x)| / max(1, |x|)`` over its entries.
 
     Args:
         x: (..., as the manifold wants it); half precision is measured in float32.
@@ -35,7 +35,7 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     if not ok:
         raise ShapeError(f"x: expected a point on {manifold}, got shape {tuple(x.shape)}; {reason}")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # decompositions do not run in half precision
-    if not bool(torch.isfinite(x).all()):
+    if not_finite(x):
         return x.new_full((), torch.nan)  # a projection may fail on it
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         apart = (x - manifold.projx(x)).abs() / x.abs().clamp(min=1)

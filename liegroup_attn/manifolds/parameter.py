@@ -137,7 +137,8 @@ def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
     distance = float(off_manifold(wide, manifold))
     if distance <= _TOLERANCE and manifold.check_point_on_manifold(wide):
         return point  # bit by bit, so that a resumed run is the uninterrupted one
-    if not distance <= max(_TOLERANCE, 2 * torch.finfo(point.dtype).eps):
+    rounding = 2 * torch.finfo(point.dtype).eps if point.is_floating_point() else 0.0
+    if not distance <= max(_TOLERANCE, rounding):
         warnings.warn(
             f"{name}: expected a point of {manifold}, got one that is {distance:.2g} off; it was projected, look for "
             "what moved it",

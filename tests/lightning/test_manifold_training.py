@@ -67,7 +67,9 @@ SGD = partial(RiemannianSGD, momentum=0.9)
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer"), [("32-true", None), ("bf16-mixed", None), ("bf16-true", None), ("bf16-true", SGD)]
+    ("precision", "optimizer"),
+    [("32-true", None), ("bf16-mixed", None), ("bf16-true", None), ("bf16-true", SGD)],
+    ids=["32-true", "bf16-mixed", "bf16-true", "bf16-true-sgd"],
 )
 def test_500_steps_and_a_resume_stay_on_the_manifolds(tmp_path, precision, optimizer):
     def options() -> dict:

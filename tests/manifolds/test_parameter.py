@@ -261,6 +261,13 @@ def test_loaded_rounding_is_silent(place, assign):
     assert off_manifold(root[1][0].point, place.manifold) <= (2**-7 if assign else 1e-6)
 
 
+def test_loaded_whole_numbers():
+    root = holder(PLACES["sphere"])
+    with pytest.warns(UserWarning, match="one that is 0.75 off"):
+        root.load_state_dict({**root.state_dict(), NAME: torch.tensor([0, 4])})
+    assert root[1][0].point.tolist() == [0.0, 1.0]
+
+
 @places
 @loads
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
