@@ -64,7 +64,7 @@ def _scatter(ax: Axes, result: dict[str, Any]) -> None:
     positive = [x for x in truth if x > 0]
     low, high = min(positive) / 3, 2 * max(positive)
     floor = low / 3  # estimates of 0 and below it stand here
-    for name, marker in zip(SCATTERED, "^os", strict=True):
+    for name, marker in zip(SCATTERED, "Dso", strict=True):
         if name not in rates:
             continue
         shown = [max(x, floor) for x in rates[name]]

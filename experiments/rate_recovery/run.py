@@ -81,10 +81,11 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
             f"seeds, transitions: expected seeds ≥ 0 and transitions ≥ 1, got {args.seeds} and {args.transitions}; "
             "give others"
         )
+    states = len(read_generator(args.q_file))
     return {
         "q_file": args.q_file.name,
         "sha256": hashlib.sha256(args.q_file.read_bytes()).hexdigest(),
-        "states": len(read_generator(args.q_file)),
+        "states": states,
         "times": args.times,
         "transitions": sorted(set(args.transitions)),
     }

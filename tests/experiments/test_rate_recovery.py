@@ -195,6 +195,8 @@ def test_another_setting_does_not_mix(recovered):
         run.main(arguments(recovered, times=(0.5,)))
     with pytest.raises(ValueError, match="seeds, transitions: expected"):
         run.main(arguments(recovered, seeds=[-1]))
+    with pytest.raises(FileNotFoundError, match="expected a file of rates"):
+        run.main(["--q-file", str(recovered / "nowhere.dat")])
 
 
 def test_report_comes_from_json_alone(recovered, monkeypatch):

@@ -272,7 +272,12 @@ def test_bad_settings_of_the_data(wrong):
         TransitionCounts(**wrong)
 
 
-def test_a_chain_without_one_stationary_distribution_is_refused(write):
-    data = TransitionCounts(str(write("-1 1 0 0\n1 -1 0 0\n0 0 -1 1\n0 0 1 -1\n")), transitions=10)
-    with pytest.raises(GeneratorError):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("-1 1 0 0\n1 -1 0 0\n0 0 -1 1\n0 0 1 -1\n", "class"), ("-1 1 0\n0 -1 1\n0 0 0\n", "leaves state 0 for good")],
+    ids=["two classes", "absorbing"],
+)
+def test_a_chain_that_does_not_come_back_is_refused(text, message, write):
+    data = TransitionCounts(str(write(text)), transitions=10)
+    with pytest.raises(GeneratorError, match=message):
         data.setup()

@@ -131,7 +131,7 @@ def simulate_counts(generator: Tensor, times: Sequence[float], transitions: int,
         (T, n, n), float64, whole numbers.
 
     Raises:
-        GeneratorError: not a rate matrix, without a unique stationary distribution, or a time not > 0.
+        GeneratorError: not a rate matrix, not irreducible, or a time not > 0.
 
     Example:
         >>> simulate_counts(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), [1.0], 10, seed=0).sum()
@@ -140,6 +140,11 @@ def simulate_counts(generator: Tensor, times: Sequence[float], transitions: int,
     check_times(times)
     generator = generator.double()
     pi = stationary_distribution(generator)
+    if not float(pi.min()) > 0:
+        raise GeneratorError(
+            f"generator: expected a chain that comes back to every state, got one that leaves state {int(pi.argmin())} for "
+            "good; drop such states, they are never seen at rest"
+        )
     when = torch.tensor([float(time) for time in times], dtype=torch.float64)
     joint = pi[:, None] * transition_matrix(DenseGenerator(generator), when[:, None])  # (T, n, n)
     draw = np.random.default_rng(seed)
