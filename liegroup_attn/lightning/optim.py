@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from liegroup_attn.manifolds import ManifoldParameter
+from liegroup_attn.manifolds import FlatManifold, ManifoldParameter
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
@@ -98,6 +98,9 @@ def _refuse_compilation() -> None:
 class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
     """Riemannian Adam with decoupled weight decay; on free parameters it is ``torch.optim.AdamW``.
 
+    On a ``FlatManifold`` it is Adam in the chart, where its moments are kept; elsewhere a step is retracted and the
+    first moment transported.
+
     geoopt's own ``weight_decay`` is an L2 penalty inside the gradient and it ignores ``decoupled_weight_decay``:
     comparing it with AdamW would compare two optimizers. It also reloads ``step`` as a float32 tensor.
 
@@ -150,14 +153,19 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
             state |= {"step": 0, "exp_avg": torch.zeros_like(point), "exp_avg_sq": torch.zeros_like(point)}
         state["step"] += 1
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        gradient = manifold.egrad2rgrad(point, point.grad)
+        flat = manifold if isinstance(manifold, FlatManifold) else None
+        # In an isometric chart a gradient is a gradient, and transport leaves the momentum as it is.
+        gradient = (flat.chart_gradient if flat else manifold.egrad2rgrad)(point, point.grad)  # type: ignore[arg-type]
+        squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
         mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).add_(manifold.component_inner(point, gradient), alpha=1 - beta2)
+        square.mul_(beta2).add_(squares, alpha=1 - beta2)
         size = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
-        there, carried = manifold.retr_transp(point, step, mean)
-        point.copy_(there)
-        if carried is not mean:
+        if flat:
+            point.copy_(flat.move(point, step))
+        else:
+            there, carried = manifold.retr_transp(point, step, mean)
+            point.copy_(there)
             mean.copy_(carried)
         return state["step"]
 

@@ -22,6 +22,7 @@ class FlatManifold(geoopt.Manifold):
     """
 
     reversible = True
+    by_entry = False  # whether the axes of the chart mean something: adaptive optimizers then see each by itself
     __scaling__ = geoopt.Manifold.__scaling__.copy()
 
     def chart(self, x: Tensor) -> Tensor:
@@ -51,6 +52,10 @@ class FlatManifold(geoopt.Manifold):
     def move(self, x: Tensor, c: Tensor) -> Tensor:
         """φ⁻¹(φ(x) + c)."""
         return self.from_chart(self.chart(x) + c)
+
+    def chart_squares(self, c: Tensor) -> Tensor:
+        """What an adaptive optimizer scales a chart vector by: c², entry by entry or summed over a point."""
+        return c.square() if self.by_entry else self._sum(c.square(), keepdim=True)
 
     def _sum(self, entries: Tensor, keepdim: bool) -> Tensor:
         return entries.sum(tuple(range(-self.ndim, 0)), keepdim=keepdim) if self.ndim else entries

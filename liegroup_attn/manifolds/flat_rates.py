@@ -42,6 +42,7 @@ class FlatRateMatrices(RateMatrices):
     """
 
     reversible = False
+    by_entry = False
     name = "FlatRateMatrices"
     __scaling__ = FlatManifold.__scaling__.copy()
 

@@ -25,6 +25,7 @@ class PositiveVectors(OpenInterval):
     """
 
     ndim = 1
+    by_entry = True
     name = "PositiveVectors"
 
     def __init__(self) -> None:

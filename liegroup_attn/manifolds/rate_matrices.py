@@ -50,6 +50,7 @@ class RateMatrices(FlatManifold):
     """
 
     ndim = 2
+    by_entry = True
     name = "RateMatrices"
 
     def __init__(self, n: int, support: Tensor | None = None) -> None:

@@ -18,6 +18,7 @@ class LogLinearRateMatrices(RateMatrices):
     entries of the chart are at most ``reach`` in size.
     """
 
+    by_entry = False  # a linear space is no product of its coordinates
     reach = 40.0
 
     @abstractmethod

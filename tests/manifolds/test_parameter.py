@@ -30,11 +30,11 @@ class Place(NamedTuple):
     distance: float
 
 
-# The projections by hand: 3/5 and 4/5 of the circle; the identity of 2I; the end of the interval.
+# The projections by hand: 3/5 and 4/5 of the circle; the identity of 2I; the number of the same size.
 PLACES = {
     "sphere": Place(geoopt.Sphere(), torch.tensor([0.6, 0.8]), torch.tensor([3.0, 4.0]), 3.2 / 4),
     "stiefel": Place(geoopt.Stiefel(), torch.eye(3)[:, :2], 2 * torch.eye(3)[:, :2], 1 / 2),
-    "interval": Place(OpenInterval(4.0), torch.tensor([[1.0], [3.9]]), torch.tensor([[1.0], [-3.0]]), 1.0),
+    "interval": Place(OpenInterval(4.0), torch.tensor([[1.0], [3.9]]), torch.tensor([[1.0], [-3.0]]), 2.0),
 }
 places = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
