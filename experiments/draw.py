@@ -31,6 +31,7 @@ COLORS = {
     TITLES["relative_rates"]: "#0072B2",
     TITLES["mixer"]: "#009E73",
     TITLES["mixer_balanced"]: "#CC79A7",
+    TITLES["mixer_fixed"]: "#7F7F7F",
 }
 SCALED = 4  # of the time factors in the result files, the one that has a panel
 
@@ -70,7 +71,7 @@ def _figures(experiment: str, results: Results) -> dict[str, Figure]:
         found = {"curves": _curves(results, "validation/accuracy", "validation accuracy (%)", 100)}
         return found | {"accuracy_by_depth": _by_depth(results), "mixing": _mixing(results, _forest_order)}
     if experiment == "digits":
-        few = ("softmax", "exp", "relative_rates", "mixer", "mixer_balanced")
+        few = ("softmax", "exp", "relative_rates", "mixer", "mixer_fixed")
         shown: Results = {name: runs for name, runs in results.items() if name in few}
         found = {"curves": _curves(shown, "validation/accuracy", "validation accuracy (%)", 100)}
         return found | {"mixing": _mixing(results, _raster_order, ("exp", "mixer", "mixer_balanced"))}

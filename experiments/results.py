@@ -35,6 +35,7 @@ TITLES = {
     "skew_scores": "softmax, A = U K Uᵀ, K skew",
     "rate_scores": "softmax, A = U Q Uᵀ, Q rates",
     "mixer": "exp(L), no queries",
+    "mixer_fixed": "exp(L), L not learned",
     "mixer_reversible": "exp(L), L reversible",
     "mixer_balanced": "exp(L), L doubly balanced",
     "mixer_relative": "exp(R), R = r(i − j)",

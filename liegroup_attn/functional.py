@@ -211,7 +211,7 @@ def lie_attention(
         if not (first_hop and zero and rate_fn is plus is head_weights is None):
             raise ShapeError(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
-                "no generator, only first_hop=True with time=0 and none of rate_fn, plus, head_weights (softmax attention)"
+                "no generator, only first_hop=True with time=0, rate_fn=None, plus=None, head_weights=None (softmax attention)"
             )
         return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
     still = zero and not differentiated(when)  # a time that starts at 0 still has a gradient

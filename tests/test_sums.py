@@ -279,5 +279,5 @@ def test_attention_refuses_what_does_not_fit():
             la.lie_attention(q, q, q, plus=plus)
     with pytest.raises(ShapeError, match="head_weights: expected"):
         la.lie_attention(q, q, q, head_weights=torch.ones(2, H))
-    with pytest.raises(ShapeError, match="none of rate_fn, plus, head_weights"):
+    with pytest.raises(ShapeError, match="plus=None, head_weights=None"):
         la.lie_attention(q, q[..., :3, :], q[..., :3, :], time=0.0, first_hop=True, plus=dense())

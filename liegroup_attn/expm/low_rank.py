@@ -57,7 +57,8 @@ class LowRank(Method):
             chain = (targets.mT @ sources).to(torch.float64) * (unit.mT / unit)  # (..., r, r)
             chain = chain * _correction(share - absorbed, chain @ share)
             kept, moving, resting = _mixing(chain, theta, clock)
-            correction = _correction(1 - kept, moving @ (share - absorbed) + resting @ absorbed)
+            # A feature without mass has a row of rounding, which must not be brought to 1.
+            correction = _correction((1 - kept) * share, moving @ (share - absorbed) + resting @ absorbed)
 
             for _ in range(clock.resolvents or 1):
                 from_moving = targets.mT @ wide.masked_fill(still, 0)  # (..., r, D)

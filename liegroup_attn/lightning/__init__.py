@@ -4,7 +4,8 @@ from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
 from liegroup_attn.lightning.guard import ManifoldGuard
-from liegroup_attn.lightning.modules import ImageClassifier, LanguageModel, TokenClassifier
+from liegroup_attn.lightning.images import ImageClassifier
+from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD
 from liegroup_attn.lightning.precision import ManifoldPrecision
 from liegroup_attn.lightning.rates import RateEstimator

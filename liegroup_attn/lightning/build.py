@@ -36,8 +36,8 @@ def build_optimizer(
         learning_rate: > 0.
         weight_decay: decoupled, ≥ 0, on matrices only.
         betas: of Adam.
-        manifold_learning_rate: > 0, of parameters on a manifold; None is ``learning_rate``. Steps there are measured by
-            the manifold's metric.
+        manifold_learning_rate: ≥ 0, of parameters on a manifold; None is ``learning_rate``, 0 keeps them as they are.
+            Steps there are measured by the manifold's metric.
         optimizer: ``RiemannianSGD`` or ``RiemannianAdamW``, or a ``functools.partial`` of one that sets its options;
             called with the groups and ``lr``. None chooses Adam as said above, with ``betas``.
 
@@ -45,7 +45,7 @@ def build_optimizer(
         The optimizer; both kinds of Adam make the same steps on free parameters.
 
     Raises:
-        ValueError: ``manifold_learning_rate`` not positive; another optimizer than those named.
+        ValueError: ``manifold_learning_rate`` negative; another optimizer than those named.
 
     Example:
         >>> [len(g["params"]) for g in build_optimizer(nn.Linear(2, 2), 1e-3).param_groups]
@@ -57,9 +57,9 @@ def build_optimizer(
 
     Source: [Loshchilov2019]_, [Kochurov2020]_.
     """
-    if manifold_learning_rate is not None and not manifold_learning_rate > 0:
+    if manifold_learning_rate is not None and not manifold_learning_rate >= 0:
         raise ValueError(
-            f"manifold_learning_rate: expected a positive number, got {manifold_learning_rate}; None is learning_rate"
+            f"manifold_learning_rate: expected a number ≥ 0, got {manifold_learning_rate}; None is learning_rate, 0 keeps points as they are"
         )
     restore(module)
     on_manifold, matrices, others = _sort_parameters(module)

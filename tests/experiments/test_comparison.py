@@ -25,7 +25,7 @@ RUNS = [Run(e, v, b, 0) for e in EXPERIMENTS for v in variants_of(e) for b in ("
 def test_every_variant_differs_from_the_baseline_in_its_architecture_only(run):
     base = Run(run.experiment, "softmax", run.budget, 0).config()
     config = run.config()
-    tuned = ("learning_rate",) if run.experiment == "digits" else ()
+    tuned = ("learning_rate", "manifold_learning_rate") if run.experiment == "digits" else ()
     for key in ("attention", "depth", "streams", *tuned):
         base["model"]["init_args"].pop(key, None)
         config["model"]["init_args"].pop(key, None)

@@ -353,8 +353,14 @@ def test_a_learning_rate_for_manifolds():
     assert {g["lr"] for g in build_optimizer(Everything(lie=False), 3e-3, manifold_learning_rate=0.5).param_groups} == {
         3e-3
     }
-    for wrong in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="manifold_learning_rate: expected a positive number, got"):
+    module = Everything(lie=True)
+    start, optimizer = module.attention.time.detach().clone(), build_optimizer(module, 3e-3, manifold_learning_rate=0.0)
+    module.attention(torch.randn(1, 3, 8)).sum().backward()
+    optimizer.step()
+    assert module.attention.time.grad.any()
+    assert torch.equal(module.attention.time, start)  # 0 keeps points as they are
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="manifold_learning_rate: expected a number ≥ 0, got"):
             build_optimizer(net(), 1e-3, manifold_learning_rate=wrong)
 
 

@@ -1,0 +1,119 @@
+"""A LightningModule for images: classification of patches."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.errors import ShapeError
+from liegroup_attn.lightning.modules import Trained
+from liegroup_attn.metrics import MulticlassAccuracy
+from liegroup_attn.nn import AttentionRecipe, Transformer
+
+__all__ = ["ImageClassifier"]
+
+
+class ImageClassifier(Trained):
+    """A Transformer on the patches of an image, whose mean over patches is classified.
+
+    Args:
+        attention: recipe, e.g. ``{"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 16}``.
+        num_patches: N; every place has an embedding.
+        patch_values: F, numbers of a patch.
+        num_classes: of an image.
+        width: C, model width.
+        depth: number of blocks.
+        num_heads: H.
+        streams: residual streams, see ``nn.ResidualStreams``.
+        mlp_ratio: hidden width of the feed-forward layer over C.
+        dropout: on attention entries and residual branches, in training.
+        rotary_layout: null (default); or "half_split" or "interleaved".
+        rotary_base: of the RoPE frequencies.
+        learning_rate: after warm-up; falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        warmup_steps: of the linear rise.
+        manifold_learning_rate: of parameters on a manifold; null is ``learning_rate``.
+        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
+
+    Batches are ``{"tokens": (B, N, F), "labels": (B,)}``. Logs ``train/loss``; loss and accuracy for validation and test.
+
+    Example:
+        >>> import torch
+        >>> model = ImageClassifier({"module": "LieAttention"}, width=16, num_heads=2)
+        >>> model(torch.zeros(3, 16, 4)).shape
+        torch.Size([3, 10])
+
+    Source: [Dosovitskiy2021]_.
+    """
+
+    def __init__(
+        self,
+        attention: AttentionRecipe,
+        num_patches: int = 16,
+        patch_values: int = 4,
+        num_classes: int = 10,
+        width: int = 64,
+        depth: int = 2,
+        num_heads: int = 4,
+        streams: int = 1,
+        mlp_ratio: float = 2.0,
+        dropout: float = 0.0,
+        rotary_layout: str | None = None,
+        rotary_base: float = 10_000.0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 50,
+        manifold_learning_rate: float | None = None,
+        momentum: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embedding = nn.Linear(patch_values, width)
+        self.places = nn.Embedding(num_patches, width)
+        self.transformer = Transformer(
+            width,
+            depth,
+            num_heads,
+            attention,
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            rotary_layout=rotary_layout,
+            rotary_base=rotary_base,
+            streams=streams,
+        )
+        self.head = nn.Linear(width, num_classes)
+        self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Class scores, (B, N, F) → (B, number of classes)."""
+        wanted = self.places.num_embeddings, self.embedding.in_features
+        if tokens.dim() != 3 or tokens.shape[1:] != wanted:
+            raise ShapeError(
+                f"tokens: expected (batch, {wanted[0]} patches, {wanted[1]} values), got {tuple(tokens.shape)}; set "
+                "num_patches and patch_values as the data has them"
+            )
+        x = self.embedding(tokens) + self.places.weight
+        return self.head(self.transformer(x).mean(1))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch["tokens"]).float(), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "validation", self.validation_accuracy)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, accuracy: MulticlassAccuracy) -> None:
+        scores = self(batch["tokens"]).float()
+        accuracy.update(scores, batch["labels"])
+        loss = F.cross_entropy(scores, batch["labels"])
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(scores), sync_dist=True)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(scores))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Most probable class of every image, (B,)."""
+        return self(batch["tokens"]).argmax(-1)
