@@ -252,7 +252,7 @@ def joined_generator(
     generator: Generator = chain if rate_fn is None else _with_rates(chain, rate_fn)
     if head_weights is not None:
         generator = _over_heads(generator, head_weights)
-    return generator if plus is None else generator + _masked_as(chain, plus)
+    return generator if plus is None else generator + masked_as(chain, plus)
 
 
 def _over_heads(generator: Generator, weights: Tensor) -> HeadMixture:
@@ -265,7 +265,7 @@ def _over_heads(generator: Generator, weights: Tensor) -> HeadMixture:
     return HeadMixture(generator, weights)
 
 
-def _masked_as(chain: SoftmaxGenerator, plus: Generator) -> Generator:
+def masked_as(chain: SoftmaxGenerator, plus: Generator) -> Generator:
     """The generator without the rates that the chain's mask hides: what it adds must not leak."""
     if not isinstance(plus, Generator):
         raise GeneratorError(
@@ -281,9 +281,9 @@ def _masked_as(chain: SoftmaxGenerator, plus: Generator) -> Generator:
     hidden = chain.masked()
     if hidden is None:
         return plus
-    dense = plus.dense()
-    eye = torch.eye(plus.num_states, dtype=torch.bool, device=dense.device)
-    kept = DenseGenerator.from_rates(dense.masked_fill(hidden | eye, 0))
+    eye = torch.eye(plus.num_states, dtype=plus.dense().dtype, device=hidden.device)
+    rates = plus.inflow(eye.expand(*plus.batch_shape, -1, -1))  # with those of jumps back to their own token
+    kept = DenseGenerator.from_rates(rates.masked_fill(hidden, 0))
     kept.is_causal = chain.is_causal
     return kept
 

@@ -73,6 +73,18 @@ class Generator(ABC):
             (..., N or 1), ≥ 0, float32 or float64.
         """
 
+    def inflow(self, value: Tensor) -> Tensor:
+        """ΛS · value: what jumps bring per unit of time, and what sums of generators add up.
+
+        Args:
+            value: (..., N, D).
+
+        Returns:
+            (..., N, D), at least float32.
+        """
+        jumped = at_least_float32(self.jump(value))
+        return self.jump_intensities().unsqueeze(-1).to(jumped.dtype) * jumped
+
     @abstractmethod
     def rate_bound(self) -> float | Tensor:
         """Λ with Λ ≥ every exit rate.
@@ -97,6 +109,10 @@ class Generator(ABC):
         from liegroup_attn.generators.sums import SumGenerator  # a sum is a generator itself
 
         return SumGenerator(self, other) if isinstance(other, Generator) else NotImplemented
+
+    def __radd__(self, other: object) -> Generator:
+        """0 + Q, so that ``sum`` works."""
+        return self if other == 0 else NotImplemented
 
     def __mul__(self, factor: Tensor | float) -> Generator:
         """diag(f)Q for f ≥ 0: the same chain at another speed, in all or token by token.

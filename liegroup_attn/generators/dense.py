@@ -137,6 +137,12 @@ class DenseGenerator(Generator):
         chain = self.jump_chain()
         return product(F.dropout(chain, self.dropout_p) if self.dropout_p else chain, value)
 
+    def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
+        # Not by S, which is the constant I where all rates are 0 and would hide their derivative.
+        rates = self._chain_rates() if self._rho is None else self._rho.unsqueeze(-1) * self._chain_rates()
+        wide = value.to(torch.promote_types(rates.dtype, value.dtype))
+        return product(F.dropout(rates, self.dropout_p) if self.dropout_p else rates, wide)
+
     def jump_chain(self) -> Tensor:
         """S as a matrix (..., N, N): normalized rates, a row without rates jumps to itself."""
         rates = self._chain_rates()

@@ -60,11 +60,10 @@ class SumGenerator(Generator):
         return reduce(add, (part.apply(value) for part in self.parts))
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        rates = [part.jump_intensities().unsqueeze(-1) for part in self.parts]  # (..., N or 1, 1)
-        total = reduce(add, rates)
-        still = total == 0  # no part moves such a token
-        jumps = (rate * part.jump(value) for rate, part in zip(rates, self.parts, strict=True))
-        return torch.where(still, value, reduce(add, jumps) / total.masked_fill(still, 1)).to(value.dtype)
+        return _normalized(self, value)
+
+    def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
+        return reduce(add, (part.inflow(value) for part in self.parts))
 
     def jump_intensities(self) -> Tensor:  # noqa: D102
         return reduce(add, (part.jump_intensities() for part in self.parts))
@@ -81,7 +80,7 @@ class ScaledGenerator(Generator):
 
     Args:
         part: Q.
-        factor: f ≥ 0, a number or (..., N or 1): one per matrix, or one per token.
+        factor: f ≥ 0, a number, or a tensor () or (..., N or 1): one for all, one per matrix, or one per token.
 
     Raises:
         ShapeError: the factor does not fit.
@@ -97,7 +96,8 @@ class ScaledGenerator(Generator):
 
     def __init__(self, part: Generator, factor: Tensor | float) -> None:
         if isinstance(factor, Tensor):
-            check_shape("factor", factor, least_rank=1, remedy="give (..., 1) per matrix or (..., N) per token")
+            check_shape("factor", factor, least_rank=0, remedy="give (..., 1) per matrix or (..., N) per token")
+            factor = factor if factor.dim() else factor.unsqueeze(0)
             if factor.size(-1) not in (1, part.num_states):
                 raise ShapeError(
                     f"factor: expected last size 1 or {part.num_states}, got shape {tuple(factor.shape)}; give one per "
@@ -122,6 +122,10 @@ class ScaledGenerator(Generator):
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         return self.part.jump(value)
+
+    def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
+        moved = self.part.inflow(value)
+        return self._rows(moved.dtype) * moved
 
     def jump_intensities(self) -> Tensor:  # noqa: D102
         return self.factor * self.part.jump_intensities()
@@ -185,25 +189,21 @@ class HeadMixture(Generator):
         self.batch_shape = torch.Size([*part.batch_shape[:-1], len(weights)])
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
-        return self._summed(self.part.apply(self._side_by_side(value)), self.weights, value)
+        return self._summed(self.part.apply(self._side_by_side(value)), value).to(value.dtype)
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        rates = self.part.jump_intensities()  # (..., H, N or 1)
-        rates = rates.expand(*self.part.batch_shape, rates.size(-1))
-        jumped = self.part.jump(self._side_by_side(value))
-        total = self.jump_intensities().unsqueeze(-1)  # (..., G, N or 1, 1)
-        still = total == 0
-        summed = self._summed(rates.unsqueeze(-1).to(jumped.dtype) * jumped, self.weights, value)
-        return torch.where(still, value, summed / total.masked_fill(still, 1)).to(value.dtype)
+        return _normalized(self, value)
+
+    def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
+        return self._summed(self.part.inflow(self._side_by_side(value)), value)
 
     def jump_intensities(self) -> Tensor:  # noqa: D102
         rates = self.part.jump_intensities()
         rates = rates.expand(*self.part.batch_shape, rates.size(-1))
-        return torch.einsum("gh,...hn->...gn", self.weights.to(rates.dtype), rates)
+        return _contract("gh,...hn->...gn", self.weights, rates)
 
     def dense(self) -> Tensor:  # noqa: D102
-        dense = self.part.dense()
-        return torch.einsum("gh,...hnm->...gnm", self.weights.to(dense.dtype), dense)
+        return _contract("gh,...hnm->...gnm", self.weights, self.part.dense())
 
     def rate_bound(self) -> Tensor:  # noqa: D102
         bound = self.part.rate_bound()
@@ -212,7 +212,7 @@ class HeadMixture(Generator):
             found = bound * weights.sum(-1, keepdim=True)  # (G, 1)
         else:
             bound = bound.expand(*self.part.batch_shape, 1)
-            found = torch.einsum("gh,...hn->...gn", weights.to(bound.dtype), bound)
+            found = _contract("gh,...hn->...gn", weights, bound)
         return found.where(found > 0, 1)
 
     def _side_by_side(self, value: Tensor) -> Tensor:
@@ -223,10 +223,22 @@ class HeadMixture(Generator):
         wide = value.transpose(-3, -2).flatten(-2).unsqueeze(-3)  # (..., 1, N, G·D)
         return wide.expand(*wide.shape[:-3], self.weights.size(-1), *wide.shape[-2:])
 
-    def _summed(self, moved: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    def _summed(self, moved: Tensor, value: Tensor) -> Tensor:
         """(..., H, N, G·D) → (..., G, N, D)."""
-        apart = moved.unflatten(-1, (len(weights), value.size(-1)))  # (..., H, N, G, D)
-        return torch.einsum("gh,...hngd->...gnd", weights.to(apart.dtype), apart).to(value.dtype)
+        apart = at_least_float32(moved).unflatten(-1, (len(self.weights), value.size(-1)))  # (..., H, N, G, D)
+        return _contract("gh,...hngd->...gnd", self.weights, apart)
+
+
+def _contract(equation: str, weights: Tensor, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # it would contract in half precision
+        return torch.einsum(equation, weights.to(x.dtype), x)
+
+
+def _normalized(generator: Generator, value: Tensor) -> Tensor:
+    """S · value from ΛS · value; a token that nothing moves keeps its value."""
+    total = generator.jump_intensities().unsqueeze(-1)  # (..., N or 1, 1)
+    still = total == 0
+    return torch.where(still, value, generator.inflow(value) / total.masked_fill(still, 1)).to(value.dtype)
 
 
 def _joint_batch(*shapes: torch.Size) -> torch.Size:

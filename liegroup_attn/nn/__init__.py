@@ -3,7 +3,7 @@
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import sample
-from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
+from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
@@ -16,6 +16,7 @@ __all__ = [
     "AttentionRecipe",
     "BilinearScores",
     "LearnedGenerator",
+    "LearnedSum",
     "LieAttention",
     "LieMixer",
     "RateMatrix",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
-from liegroup_attn.generators import DenseGenerator, Generator
+from liegroup_attn.generators import DenseGenerator, Generator, SumGenerator
 from liegroup_attn.manifolds import PositiveVectors, RateMatrices, causal_support, hold
 
-__all__ = ["LearnedGenerator", "RateMatrix", "RelativeRates"]
+__all__ = ["LearnedGenerator", "LearnedSum", "RateMatrix", "RelativeRates"]
 
 
 class LearnedGenerator(nn.Module, ABC):
@@ -28,6 +28,10 @@ class LearnedGenerator(nn.Module, ABC):
             raise ShapeError(f"num_heads: expected at least 1, got {num_heads}; give one generator per head")
         self.num_heads, self.is_causal = num_heads, is_causal
 
+    def __add__(self, other: LearnedGenerator) -> LearnedGenerator:
+        """Both at once, as one learned generator."""
+        return LearnedSum(self, other) if isinstance(other, LearnedGenerator) else NotImplemented
+
     @abstractmethod
     def forward(self, num_tokens: int) -> Generator:
         """The generator on N tokens.
@@ -38,6 +42,31 @@ class LearnedGenerator(nn.Module, ABC):
         Returns:
             A generator on (H, N, N).
         """
+
+
+class LearnedSum(LearnedGenerator):
+    """The sum of learned generators: one flow along several relations. Written ``a + b``.
+
+    Args:
+        *parts: with equal numbers of heads; causal if all are.
+
+    Raises:
+        ShapeError: other numbers of heads.
+
+    Example:
+        >>> both = RelativeRates(2, 4) + RateMatrix(2, 6)
+        >>> both(6).check()
+        (True, None)
+    """
+
+    def __init__(self, *parts: LearnedGenerator) -> None:
+        super().__init__(parts[0].num_heads, is_causal=all(part.is_causal for part in parts))
+        for part in parts:
+            check_heads(part, self.num_heads)
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, num_tokens: int) -> Generator:  # noqa: D102
+        return SumGenerator(*(part(num_tokens) for part in self.parts))
 
 
 class RelativeRates(LearnedGenerator):
@@ -70,8 +99,10 @@ class RelativeRates(LearnedGenerator):
 
     def __init__(self, num_heads: int, max_distance: int, *, is_causal: bool = False, rate: float = 0.5) -> None:
         super().__init__(num_heads, is_causal=is_causal)
-        if max_distance < 1:
-            raise ShapeError(f"max_distance: expected at least 1, got {max_distance}; give the table an entry")
+        if max_distance < 1 or int(max_distance) != max_distance:
+            raise ShapeError(
+                f"max_distance: expected a whole number from 1, got {max_distance}; give the table an entry"
+            )
         if not 0 < rate < float("inf"):
             raise GeneratorError(f"rate: expected a positive number, got {rate}; a rate of 0 has no gradient here")
         self.max_distance = max_distance
@@ -86,16 +117,18 @@ class RelativeRates(LearnedGenerator):
         return f"{self.num_heads}, max_distance={self.max_distance}, is_causal={self.is_causal}"
 
     def forward(self, num_tokens: int) -> DenseGenerator:  # noqa: D102
+        if num_tokens < 1:
+            raise ShapeError(f"num_tokens: expected at least 1, got {num_tokens}; a generator needs a token")
         future = None if self.is_causal else self._by_distance(self.future, num_tokens)
         return DenseGenerator.from_offsets(self._by_distance(self.past, num_tokens), future)
 
     def _by_distance(self, table: Tensor, num_tokens: int) -> Tensor:
         """r(1) … r(N − 1), (H, N − 1)."""
-        near = table[:, : num_tokens - 1]
-        if num_tokens - 1 <= self.max_distance:
-            return near
-        far = torch.arange(self.max_distance + 1, num_tokens, dtype=table.dtype, device=table.device)  # (beyond,)
-        return torch.cat([near, table[:, -1:] * (self.max_distance / far) ** (1 + self.tail)], -1)
+        # One distance of the tail at least: a parameter without any gradient would stop distributed training.
+        last = max(num_tokens, self.max_distance + 2)
+        far = torch.arange(self.max_distance + 1, last, dtype=table.dtype, device=table.device)  # (beyond,)
+        beyond = table[:, -1:] * (self.max_distance / far) ** (1 + self.tail)
+        return torch.cat([table, beyond], -1)[:, : num_tokens - 1]
 
 
 class RateMatrix(LearnedGenerator):
@@ -170,7 +203,7 @@ def generator_of(matrix: Tensor) -> DenseGenerator:
 
 
 def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
-    if getattr(manifold, "n", None) != num_tokens:
+    if not isinstance(manifold, RateMatrices) or manifold.n != num_tokens:
         raise ShapeError(
             f"manifold: expected one of rate matrices on {num_tokens} states, got {manifold}; give e.g. RateMatrices({num_tokens})"
         )
@@ -184,7 +217,12 @@ def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, all
 
 
 def check_heads(generator: LearnedGenerator, num_heads: int) -> None:
-    """Raise unless there is one generator per head."""
+    """Raise unless there is one learned generator per head."""
+    if not isinstance(generator, LearnedGenerator):
+        raise GeneratorError(
+            f"generator: expected a LearnedGenerator, got {type(generator).__name__}; give RelativeRates or RateMatrix, and "
+            "a Generator to lie_attention"
+        )
     if generator.num_heads != num_heads:
         raise ShapeError(
             f"num_heads: expected the generator's {generator.num_heads}, got {num_heads}; give one generator per head"

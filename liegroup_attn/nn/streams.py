@@ -61,7 +61,7 @@ class ResidualStreams(Residual):
         manifold = DoublyBalancedRateMatrices(num_streams)
         equal = torch.full((num_streams, num_streams), rate / (num_streams - 1))
         hold(self, "generator", manifold.projx(equal), manifold)
-        # Equal streams that are read alike would stay equal for ever.
+        # Layers that read alike would have alike gradients for ever.
         self.reading = nn.Parameter(torch.eye(num_streams)[reads % num_streams])
         self.writing = nn.Parameter(torch.ones(num_streams))
 
@@ -76,4 +76,6 @@ class ResidualStreams(Residual):
         return torch.einsum("s,...sc->...c", self.reading.to(x.dtype), x)
 
     def write(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        return self.mixing_matrix().to(x.dtype) @ x + self.writing.to(y.dtype).unsqueeze(-1) * y.unsqueeze(-2)
+        with torch.autocast(x.device.type, enabled=False):  # a residual stream is not rounded, as x + y is not
+            mixed = self.mixing_matrix().to(x.dtype) @ x
+        return mixed + self.writing.unsqueeze(-1) * y.unsqueeze(-2)

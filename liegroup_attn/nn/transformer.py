@@ -67,7 +67,8 @@ class Transformer(nn.Module):
         dropout: on attention entries and on each residual branch, in training.
         rotary_layout: "half_split" or "interleaved" RoPE on queries and keys; None for no positions.
         rotary_base: of the RoPE frequencies.
-        streams: number of residual streams; more than one mix by ``ResidualStreams``, and their mean is what comes out.
+        streams: number of residual streams; more than one start as multiples of the input, mix by ``ResidualStreams``, and a learned
+            combination comes out.
 
     Raises:
         ShapeError: widths and heads that do not divide, streams < 1.
@@ -109,6 +110,10 @@ class Transformer(nn.Module):
             residuals = [ResidualStreams(streams, reads=2 * i + k) if streams > 1 else Residual() for k in range(2)]
             blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))
         self.streams = streams
+        if streams > 1:
+            # Equal streams would make the first mixing do nothing, and their plain mean the last.
+            self.entering = nn.Parameter(torch.linspace(1.5, 0.5, streams))
+            self.leaving = nn.Parameter(torch.linspace(0.5, 1.5, streams) / streams)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
 
@@ -153,7 +158,7 @@ class Transformer(nn.Module):
             raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
         start = 0 if cache is None else cache.length
         if self.streams > 1:
-            x = x.unsqueeze(-2).expand(*x.shape[:-1], self.streams, x.size(-1))  # (B, N, S, C)
+            x = self.entering.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)  # (B, N, S, C)
         try:
             for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
                 x = block(x, attn_mask, positions, kept)
@@ -161,7 +166,7 @@ class Transformer(nn.Module):
             for kept in cache or []:  # a call that ends half-way keeps nothing
                 kept.crop(start)
             raise
-        return self.norm(x.mean(-2) if self.streams > 1 else x)
+        return self.norm(x if self.streams == 1 else torch.einsum("s,...sc->...c", self.leaving.to(x.dtype), x))
 
     @torch.no_grad()
     def generate(

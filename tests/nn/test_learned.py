@@ -436,7 +436,7 @@ class Sizes(BilinearScores):
 
 BAD: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "heads": (lambda: RelativeRates(0, 3), ShapeError, "num_heads: expected at least 1"),
-    "distance": (lambda: RelativeRates(2, 0), ShapeError, "max_distance: expected at least 1"),
+    "distance": (lambda: RelativeRates(2, 0), ShapeError, "max_distance: expected a whole number from 1"),
     "rate": (lambda: RelativeRates(2, 3, rate=0.0), GeneratorError, "rate: expected a positive number"),
     "matrix rate": (lambda: RateMatrix(2, 3, rate=-1.0), GeneratorError, "rate: expected a positive number"),
     "tokens": (lambda: RateMatrix(2, 0), ShapeError, "num_tokens: expected at least 1"),
