@@ -168,6 +168,27 @@ def test_a_factor_of_zero_has_a_gradient():
     assert (gradient.abs() > 1e-6).any()
 
 
+def test_the_first_hop_has_its_gradient_at_rates_of_zero():
+    """S does not depend on rates that are all 0, but ΛS does."""
+    q, k, v = torch.randn(3, 1, N, D, dtype=torch.float64).unbind()
+    grown = torch.rand(N, N, dtype=F64)
+
+    def loss(size: Tensor) -> Tensor:
+        plus = la.DenseGenerator.from_rates(size * grown)
+        return la.lie_attention(q, k, v, plus=plus, first_hop=True, time=0.5, method=la.MatrixExp()).sum()
+
+    size = torch.zeros((), dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(size), size)
+    step = torch.tensor(1e-6, dtype=F64)
+    torch.testing.assert_close(gradient, (loss(step) - loss(0 * step)) / step, atol=1e-5, rtol=1e-4)
+
+
+def test_sum_and_a_scale_without_dimensions():
+    one, two = dense(), toeplitz()
+    equal(sum([one, two]).dense(), one.dense() + two.dense())
+    equal((torch.tensor(0.5, dtype=F64) * one).dense(), 0.5 * one.dense())
+
+
 def test_a_sum_holds_words_that_a_product_does_not():
     """forth leads 0 → 1, back leads 1 → 0: the word back·forth is in the sum, in neither factor."""
     forth = la.DenseGenerator.from_rates(torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64))

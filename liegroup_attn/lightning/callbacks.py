@@ -15,7 +15,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import ExponentialClock
 from liegroup_attn.metrics import attention_entropy, exit_rates, expected_hops, row_stochasticity_error
-from liegroup_attn.nn import LieAttention, SelfAttention
+from liegroup_attn.nn import RateMatrix, SelfAttention, SoftmaxAttention
 from liegroup_attn.plots import plot_matrices
 
 __all__ = ["ExactResume", "GeneratorMonitor", "diagnose", "layer_inputs", "matrices"]
@@ -73,7 +73,7 @@ class GeneratorMonitor(L.Callback):
 
     Args:
         sequences: how many sequences of the first validation batch to look at.
-        max_tokens: look at no more than the first so many tokens.
+        max_tokens: form matrices of no more than the first so many tokens, where the layer takes so few.
         figures: draw S, Q and P(t) of the first sequence when training ends, under ``<log_dir>/figures``.
 
     Example:
@@ -91,13 +91,13 @@ class GeneratorMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._tokens is None and isinstance(batch, dict) and "tokens" in batch:
-            self._tokens = batch["tokens"][: self.sequences, : self.max_tokens].clone()
+            self._tokens = batch["tokens"][: self.sequences].clone()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._tokens is None or trainer.sanity_checking:
             return
         with trainer.precision_plugin.forward_context():  # as executed, under autocast too
-            found = [diagnose(layer, x) for layer, x in layer_inputs(pl_module, self._tokens)]
+            found = [diagnose(layer, x) for layer, x in self._inputs(pl_module, self._tokens)]
         for i, numbers in enumerate(found):
             pl_module.log_dict({f"lie/{i}/{name}": v for name, v in numbers.items()}, sync_dist=True)
 
@@ -107,9 +107,16 @@ class GeneratorMonitor(L.Callback):
             return
         folder = Path(log_dir) / "figures"
         folder.mkdir(parents=True, exist_ok=True)
-        for i, (layer, x) in enumerate(layer_inputs(pl_module, self._tokens)):
+        for i, (layer, x) in enumerate(self._inputs(pl_module, self._tokens)):
             figure, _ = plot_matrices(matrices(layer, x[:1]))
             figure.savefig(folder / f"layer_{i}.png", dpi=150)
+
+    def _inputs(self, model: torch.nn.Module, tokens: Tensor) -> list[tuple[SelfAttention, Tensor]]:
+        # A learned matrix takes as many tokens as it was made for.
+        return [
+            (layer, x if any(isinstance(m, RateMatrix) for m in layer.modules()) else x[:, : self.max_tokens])
+            for layer, x in layer_inputs(model, tokens)
+        ]
 
 
 def layer_inputs(model: torch.nn.Module, tokens: Tensor) -> list[tuple[SelfAttention, Tensor]]:
@@ -146,26 +153,33 @@ def diagnose(layer: SelfAttention, x: Tensor) -> dict[str, float]:
             "entropy": float(attention_entropy(mixing).mean()),
             "row_error": float(row_stochasticity_error(mixing).max()),
         }
-        if isinstance(layer, LieAttention) and layer.rate_fn is None:
-            generator = layer.generator(x).dense()  # (B, H, N, N)
-            time = layer.flow_time().float()  # (H, 1)
-            hops = expected_hops(generator, time.squeeze(-1), exponential=isinstance(layer.clock, ExponentialClock))
-            found["time"] = float(time.mean())
-            found["exit_rate"] = float(exit_rates(generator).mean())
-            found["expected_hops"] = float(hops.mean()) + float(layer.first_hop)
+        flows = [
+            (generator.dense(), time.float()) for generator, time in layer.flows(x).values()
+        ]  # (…, H, N, N), (H, 1)
+        if flows:
+            exponential = isinstance(getattr(layer, "clock", None), ExponentialClock)
+            hops = [expected_hops(q, t.squeeze(-1), exponential=exponential).mean() for q, t in flows]
+            found["time"] = float(flows[0][1].mean())
+            found["exit_rate"] = float(sum(exit_rates(q).mean() for q, _ in flows))
+            found["expected_hops"] = float(sum(hops)) + float(getattr(layer, "first_hop", False))
     return found
 
 
 @torch.no_grad()
 def matrices(layer: SelfAttention, x: Tensor, head: int = 0) -> dict[str, Tensor]:
-    """S, Q and the mixing matrix of one head for the first sequence of x (B, N, C); the last alone for softmax."""
+    """S, Q and the mixing matrix of one head for the first sequence of x (B, N, C); the last alone for softmax.
+
+    An ordered product has two generators, Q and Q₊.
+    """
     with _evaluating(layer):
-        found = {}
-        if isinstance(layer, LieAttention) and layer.rate_fn is None:
-            generator = layer.generator(x)
-            eye = torch.eye(x.size(1), dtype=x.dtype, device=x.device).expand(len(x), layer.num_heads, -1, -1)
-            found = {"S": generator.jump(eye)[0, head], "Q": generator.dense()[0, head]}
-        name = "P(t)" if isinstance(layer, LieAttention) else "softmax"
+        found, x = {}, x[:1]
+        eye = torch.eye(x.size(1), dtype=x.dtype, device=x.device).expand(1, layer.num_heads, -1, -1)
+        for name, (generator, _) in layer.flows(x).items():
+            dense = generator.dense().expand(1, layer.num_heads, -1, -1)
+            if name == "Q":
+                found["S"] = generator.jump(eye)[0, head]
+            found[name] = dense[0, head]
+        name = "softmax" if isinstance(layer, SoftmaxAttention) else "P(t)"
         return {key: m.float().cpu() for key, m in {**found, name: layer.mixing_matrix(x)[0, head]}.items()}
 
 

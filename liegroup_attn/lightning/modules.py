@@ -50,10 +50,11 @@ class Trained(L.LightningModule):
         own_variant = self._variant()
         stored = checkpoint.get("attention", own_variant)
         if different or _law(stored) != _law(own_variant):
+            names = f" ({', '.join([*different[:3], '…'])})" if different else ""
             raise ValueError(
                 f"checkpoint: expected the parameters of attention={own_variant}, got those of "
-                f"attention={stored}; {len(different)} names or shapes differ ({', '.join([*different[:3], '…'])}); it was "
-                "trained with another variant, load it with that config"
+                f"attention={stored}; {len(different)} names or shapes differ{names}; it was trained with another variant, "
+                "load it with that config"
             )
 
     def _variant(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _law(recipe: Any) -> tuple[Any, ...]:
     hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
     positions = recipe["num_heads"], recipe["rotary_layout"], recipe["rotary_base"]
-    learned = bool(recipe.get("ordered")), recipe.get("manifold"), recipe.get("scores")
+    learned = bool(recipe.get("ordered")), recipe.get("manifold") or "RateMatrices", recipe.get("scores")
     return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
 
 
@@ -171,7 +172,11 @@ class LanguageModel(Trained):
         )
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``."""
+        """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``.
+
+        ``use_cache`` is by default what the layers can do.
+        """
+        sampling.setdefault("use_cache", self.transformer.can_cache)
         return self.transformer.generate(tokens, max_new_tokens, embedding=self.embedding, head=self.head, **sampling)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR
 
@@ -26,6 +29,7 @@ class RateEstimator(L.LightningModule):
     The parameter Q is a point on ``RateMatrices``, or on ``ReversibleRateMatrices``; Riemannian Adam moves it, so that it
     never leaves the cone. Training starts from ``first_order_rates`` of a ``TransitionCounts`` data module (of other
     data: from equal rates) and stops by itself once the Riemannian gradient is small, or the steps are.
+    The estimate is then written to ``generator.txt`` in the trainer's ``log_dir``.
 
     Args:
         num_states: n, ≥ 2.
@@ -112,6 +116,15 @@ class RateEstimator(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.gradient_norm = float(self.measure_gradient())
         self.log("train/gradient", self.gradient_norm, prog_bar=True, batch_size=1)
+
+    def on_fit_end(self) -> None:
+        log_dir = self.trainer.log_dir  # a collective: every process has to ask
+        if log_dir is None or not self.trainer.is_global_zero:
+            return
+        path = Path(log_dir) / "generator.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savetxt(path, self.generator().detach().cpu().numpy(), fmt="% .9e")
+        rank_zero_info(f"wrote the estimate to {path}")
 
     def measure_gradient(self) -> Tensor:
         """Norm of the Riemannian gradient: of the loss by log-rates."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape
+from liegroup_attn.generators import Generator
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.scores import BilinearScores
 from liegroup_attn.positional import RotaryEncoding
@@ -86,7 +87,7 @@ class SelfAttention(nn.Module, ABC):
         if scores.symmetric and (self.is_causal or self.rotary is not None):
             raise MaskError(
                 f"scores: expected is_causal=False and rotary=None with {type(scores).__name__}, got one of them; they "
-                "break the symmetry, use relative rates for positions"
+                "break the symmetry, embed positions in the tokens instead"
             )
 
     def extra_repr(self) -> str:  # noqa: D102
@@ -129,6 +130,22 @@ class SelfAttention(nn.Module, ABC):
     def cache_settings(self) -> tuple[object, ...]:
         """What cached values depend on besides the tokens."""
         return ()
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether ``new_cache`` gives one."""
+        return self.is_causal
+
+    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:
+        """The generators along which values flow, and for how long; the last one first. None for softmax attention.
+
+        Args:
+            x: (B, N, C), the layer's input.
+
+        Returns:
+            Name → generator on (B, H, N, N) or (H, N, N), and times (H, 1).
+        """
+        return {}
 
     def new_cache(
         self,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
-from liegroup_attn.functional import expm_multiply, joined_generator, lie_attention
+from liegroup_attn.functional import expm_multiply, joined_generator, lie_attention, masked_as
 from liegroup_attn.generators import Generator, SoftmaxGenerator
 from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
+from liegroup_attn.nn.mixer import LieMixer
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -40,7 +41,8 @@ class LieAttention(SelfAttention):
         rate_fn: scores → rates; None is the jump chain.
         plus: a learned generator that is added to Q, or flowed along before with ``ordered``: ``RelativeRates`` for
             positions, ``RateMatrix`` for a fixed number of tokens. Its rates are per unit of the layer's time; how many
-            hops they take is looked at in each call (a wait for a GPU) unless ``method`` says so.
+            hops they take is looked at in each call (a wait for a GPU), and K then depends on the number of tokens,
+            unless ``method`` says so.
         ordered: the product exp(tQ)exp(tQ₊) instead of exp(t(Q + Q₊)): first along ``plus``, then along Q.
         mix_heads: every head flows along Σ_h w_gh Q_h each head a relation; the rows of w > 0 sum to 1
             (``StochasticMatrices``) and w starts near the identity.
@@ -163,17 +165,26 @@ class LieAttention(SelfAttention):
         if self.rate_fn is not None:
             raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
         query, key, _ = self._project(x, positions)
-        key = key.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
-        chain = SoftmaxGenerator(
+        plus = None if self.plus is None or self.ordered else self.plus(x.size(-2))
+        return joined_generator(self._chain(x, query, key, attn_mask), None, self.head_weights, plus)
+
+    def _chain(self, x: Tensor, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> SoftmaxGenerator:
+        return SoftmaxGenerator(
             query,
-            key,
+            key.repeat_interleave(self.num_heads // key.size(1), 1),
             jump_rates=self.jump_rates(x),
             attn_mask=attn_mask,
             is_causal=self.is_causal,
             allow_open_mask=self.allow_open_mask,
         )
-        plus = None if self.plus is None or self.ordered else self.plus(x.size(-2))
-        return joined_generator(chain, None, self.head_weights, plus)
+
+    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
+        if self.rate_fn is not None:
+            return {}
+        first = {"Q": (self.generator(x), self.flow_time())}
+        if self.plus is None or not self.ordered:
+            return first
+        return first | {"Q₊": (self.plus(x.size(-2)), self.flow_time())}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         time = state_dict.get(f"{prefix}time")
@@ -193,7 +204,7 @@ class LieAttention(SelfAttention):
         plus = None if self.plus is None else self.plus(x.size(-2))
         if plus is not None and self.ordered:
             if attn_mask is not None:
-                raise MaskError("attn_mask: expected None with ordered=True, got a mask; add the generators instead")
+                plus = masked_as(self._chain(x, query, key, attn_mask), plus)
             value = value.repeat_interleave(self.num_heads // value.size(1), 1)
             how = Automatic(self.tol) if self.method is None else self.method
             value = expm_multiply(plus, value, self.flow_time(), clock=self.clock, method=how)
@@ -216,6 +227,10 @@ class LieAttention(SelfAttention):
             method=self._method(),
             allow_open_mask=self.allow_open_mask,
         )
+
+    @property
+    def can_cache(self) -> bool:  # noqa: D102
+        return super().can_cache and self.rate_fn is self.plus is self.head_weights is None
 
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
         kept = torch.float64 if dtype == torch.float64 else torch.float32  # half precision would round each hop
@@ -250,10 +265,11 @@ class LieAttention(SelfAttention):
 
     def _sweep(self) -> CausalSweep:
         """The sweep that computes on new tokens what ``forward`` computes on all."""
-        if not (self.rate_fn is self.plus is self.head_weights is None):
+        added = {"rate_fn": self.rate_fn, "plus": self.plus, "mix_heads": self.head_weights}
+        if got := [name for name, value in added.items() if value is not None]:
             raise CacheError(
-                "cache: expected a layer with rate_fn=None, plus=None and mix_heads=False, got one of them; only the jump "
-                "chain of one head is swept, generate with use_cache=False"
+                f"cache: expected a layer without {got[0]}, got one with it; only the jump chain of one head is swept, "
+                "generate with use_cache=False"
             )
         clock = self.clock or FixedClock()
         if clock.resolvents is not None:
@@ -273,7 +289,7 @@ class LieAttention(SelfAttention):
 
 
 def scale_time(module: nn.Module, factor: float) -> int:
-    """Run every Lie attention in a module for ``factor`` times its learned time: depth as a test-time knob.
+    """Run every Lie attention and mixer in a module for ``factor`` times its learned time: depth as a test-time knob.
 
     Args:
         module: any module; nothing in it is retrained.
@@ -291,9 +307,9 @@ def scale_time(module: nn.Module, factor: float) -> int:
     """
     if not (factor >= 0 and math.isfinite(factor)):
         raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {factor}; the flow runs forward only")
-    layers = [m for m in module.modules() if isinstance(m, LieAttention)]
+    layers = [m for m in module.modules() if isinstance(m, LieAttention | LieMixer)]
     if not layers:
-        raise GeneratorError("module: expected a LieAttention inside, got none; only Lie attention has a time")
+        raise GeneratorError("module: expected a LieAttention or LieMixer inside, got none; only these have a time")
     for layer in layers:
         layer.time_scale = float(factor)
     return len(layers)

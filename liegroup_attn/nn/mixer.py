@@ -9,6 +9,7 @@ from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import CacheError, MaskError
 from liegroup_attn.expm import Method
 from liegroup_attn.functional import expm_multiply
+from liegroup_attn.generators import Generator
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
@@ -55,10 +56,11 @@ class LieMixer(SelfAttention):
         dropout: float = 0.0,
         bias: bool = False,
     ) -> None:
-        super().__init__(embed_dim, num_heads, is_causal=generator.is_causal, dropout=dropout, bias=bias)
         check_heads(generator, num_heads)
+        super().__init__(embed_dim, num_heads, is_causal=generator.is_causal, dropout=dropout, bias=bias)
         self.learned = generator
         self.clock = clock
+        self.time_scale = 1.0
         self.method = method
 
     def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
@@ -76,10 +78,18 @@ class LieMixer(SelfAttention):
         generator = self.learned(value.size(-2))
         if self.training and self.dropout:
             eye = torch.eye(value.size(-2), dtype=value.dtype, device=value.device)
-            mixing = expm_multiply(generator, eye, clock=self.clock, method=self.method)  # (H, N, N)
+            mixing = expm_multiply(generator, eye, self.time_scale, clock=self.clock, method=self.method)  # (H, N, N)
             dropped = torch.nn.functional.dropout(mixing.expand(len(x), *mixing.shape), self.dropout)
             return dropped @ value
-        return expm_multiply(generator, value, clock=self.clock, method=self.method)
+        return expm_multiply(generator, value, self.time_scale, clock=self.clock, method=self.method)
+
+    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
+        time = torch.full((self.num_heads, 1), self.time_scale, device=x.device)
+        return {"Q": (self.learned(x.size(-2)), time)}
+
+    @property
+    def can_cache(self) -> bool:  # noqa: D102
+        return False
 
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
         raise CacheError("cache: expected a layer with keys, got LieMixer; generate with use_cache=False")

@@ -130,6 +130,11 @@ class Transformer(nn.Module):
             [block.attention.new_cache(batch_size, max_tokens, dtype=dtype, device=device) for block in self._blocks()]
         )
 
+    @property
+    def can_cache(self) -> bool:
+        """Whether every layer can keep a cache."""
+        return all(block.attention.can_cache for block in self._blocks())
+
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 

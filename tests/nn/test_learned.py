@@ -20,6 +20,7 @@ from liegroup_attn.manifolds import (
     ManifoldParameter,
     RateMatrices,
     ReversibleRateMatrices,
+    SpecialOrthogonal,
     Stiefel,
     banded_support,
     causal_support,
@@ -41,6 +42,7 @@ from liegroup_attn.nn import (
     SymmetricScores,
     Transformer,
     build_attention,
+    scale_time,
 )
 from liegroup_attn.positional import RotaryEncoding
 
@@ -275,13 +277,74 @@ def _without_additions(layer: LieAttention) -> LieAttention:
     return bare
 
 
-def test_padding_does_not_leak_through_relative_rates():
-    layer, x = lie(plus=RelativeRates(H, 3), mix_heads=True).double(), inputs()
+@pytest.mark.parametrize("options", [{"mix_heads": True}, {"ordered": True}, {"first_hop": True}], ids=str)
+def test_padding_does_not_leak_through_relative_rates(options):
+    layer, x = lie(plus=RelativeRates(H, 3), **options).double(), inputs()
     keep = (torch.arange(N) < 4)[None, None, None, :]
     other = x.clone()
     other[:, 4:] = torch.randn(B, 2, C, dtype=torch.float64)
     assert (layer.mixing_matrix(x, keep)[:, :, :4, 4:] == 0).all()
     torch.testing.assert_close(layer(x, keep)[:, :4], layer(other, keep)[:, :4], atol=1e-12, rtol=0)
+
+
+def test_a_mask_that_hides_nothing_does_nothing(layer):
+    if isinstance(layer, LieMixer) or layer.is_causal:
+        return
+    x = inputs()
+    torch.testing.assert_close(layer(x, torch.ones(N, N, dtype=torch.bool)), layer(x), atol=1e-10, rtol=0)
+
+
+def test_relations_add_up():
+    both = RelativeRates(H, 3) + RateMatrix(H, N)
+    layer, x = lie(plus=both, tol=1e-12).double(), inputs()
+    bare = _without_additions(layer).generator(x).dense()
+    wanted = bare + both.parts[0](N).dense() + both.parts[1](N).dense()
+    torch.testing.assert_close(layer.generator(x).dense(), wanted, atol=1e-12, rtol=0)
+    assert {"plus.parts.0.past", "plus.parts.1.matrix"} <= set(declared(layer))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, N])
+def test_no_relative_rate_is_left_out_of_the_graph(tokens):
+    """A parameter without a gradient stops distributed training."""
+    layer = lie(plus=RelativeRates(H, 32))
+    layer(torch.randn(B, tokens, C)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(layer, dtype):
+    """Generators are made, added and exponentiated in float32, whatever autocast does to the projections."""
+    layer, x = layer.float(), inputs().float()
+    exact = layer.mixing_matrix(x)
+    with torch.autocast("cpu", dtype=dtype):
+        mixing = layer.mixing_matrix(x)
+        flows = [generator.dense() for generator, _ in layer.flows(x).values()]
+    torch.testing.assert_close(mixing.float(), exact, atol=0.03, rtol=0)
+    for dense in flows:
+        assert dense.dtype == torch.float32
+        assert dense.sum(-1).abs().max() < 1e-5
+
+
+def test_time_scales_a_mixer_too():
+    layer, x = LieMixer(C, H, RateMatrix(H, N)).double(), inputs()
+    once = layer.mixing_matrix(x)
+    assert scale_time(layer, 2.0) == 1
+    torch.testing.assert_close(layer.mixing_matrix(x), once @ once, atol=1e-12, rtol=0)
+
+
+def test_flows_are_what_mixes(layer):
+    x = inputs()
+    if not isinstance(layer, LieAttention | LieMixer) or getattr(layer, "rate_fn", None) is not None:
+        assert layer.flows(x) == {}
+        return
+    if isinstance(layer, LieAttention):
+        layer.tol = 1e-12
+    mixing = torch.eye(N, dtype=torch.float64)
+    for generator, time in layer.flows(x).values():
+        mixing = mixing @ la.transition_matrix(generator, time.double(), clock=layer.clock)
+    if getattr(layer, "first_hop", False):
+        mixing = layer.generator(x).jump(mixing)
+    torch.testing.assert_close(layer.mixing_matrix(x), mixing.expand(B, H, N, N), atol=1e-10, rtol=0)
 
 
 def test_a_causal_matrix_serves_shorter_inputs():
@@ -354,17 +417,26 @@ def test_streams_mix_by_a_doubly_stochastic_matrix():
     torch.testing.assert_close(streams.write(x, y).mean(-2), x.mean(-2) + y, atol=1e-12, rtol=0)
 
 
-def test_a_transformer_with_streams():
-    model = Transformer(C, 2, H, {"module": "LieAttention"}, streams=3)
-    x = torch.randn(B, N, C)
-    (model(x) * torch.randn(B, N, C)).sum().backward()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_transformer_with_streams(depth):
+    model = Transformer(C, depth, H, {"module": "LieAttention"}, streams=3).double()
+    x = torch.randn(B, N, C, dtype=torch.float64)
+    (model(x) * torch.randn(B, N, C, dtype=torch.float64)).sum().backward()
     assert model(x).shape == x.shape
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        # At the start all streams are equal: mixing them does nothing, and its gradient is 0 but for rounding.
-        assert (parameter.grad != 0).any() or name == "blocks.0.attention_residual.generator", name
+    for name, parameter in model.named_parameters():  # no stream idles, from the first step on
+        assert parameter.grad.abs().max() > 1e-4, name
     reads = [m.reading.detach().argmax().item() for m in model.modules() if isinstance(m, ResidualStreams)]
-    assert reads == [0, 1, 2, 0]
+    assert reads == [0, 1, 2, 0][: 2 * depth]
+
+
+def test_streams_are_not_rounded_under_autocast():
+    streams, x = ResidualStreams(3), torch.randn(B, N, 3, C)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = x
+        for _ in range(12):
+            kept = streams.write(kept, torch.zeros(B, N, C))
+    assert kept.dtype == torch.float32
+    torch.testing.assert_close(kept.mean(-2), x.mean(-2), atol=1e-5, rtol=0)
 
 
 def test_one_stream_is_the_ordinary_transformer():
@@ -461,6 +533,18 @@ BAD: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         MaskError,
         "break the symmetry",
     ),
+    "no learned generator": (
+        lambda: lie(plus=la.DenseGenerator(torch.zeros(N, N))),
+        GeneratorError,
+        "LearnedGenerator",
+    ),
+    "no generator": (
+        lambda: LieMixer(C, H, nn.Linear(2, 2)),
+        GeneratorError,
+        "expected a LearnedGenerator, got Linear",
+    ),
+    "rotations": (lambda: RateMatrix(2, 4, manifold=SpecialOrthogonal(4)), ShapeError, "rate matrices on 4 states"),
+    "half a distance": (lambda: RelativeRates(2, 1.5), ShapeError, "a whole number from 1, got 1.5"),
     "one stream": (lambda: ResidualStreams(1), ShapeError, "num_streams: expected at least 2"),
     "no stream": (lambda: Transformer(C, 1, H, streams=0), ShapeError, "streams: expected at least 1"),
 }
@@ -484,10 +568,10 @@ def test_other_sizes_and_masks_at_run_time():
         mixer(x)
     with pytest.raises(MaskError, match="its manifold's support"):
         mixer(x[:, :N], torch.ones(N, N, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="num_tokens: expected at least 1, got 0"):
+        RelativeRates(2, 4)(0)
     with pytest.raises(ShapeError, match=f"at most {N}, got {N + 1}"):
         LieMixer(C, H, RateMatrix(H, N, is_causal=True))(x)
-    with pytest.raises(MaskError, match="ordered=True"):
-        lie(plus=RateMatrix(H, N), ordered=True)(x[:, :N], torch.ones(N, N, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", ["relative rates, causal", "sums over heads, causal", "mixer, causal"])
