@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import ExponentialClock
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.metrics import attention_entropy, exit_rates, expected_hops, row_stochasticity_error
-from liegroup_attn.nn import RateMatrix, SelfAttention, SoftmaxAttention
+from liegroup_attn.nn import SelfAttention, SoftmaxAttention
 from liegroup_attn.plots import plot_matrices
 
 __all__ = ["ExactResume", "GeneratorMonitor", "diagnose", "layer_inputs", "matrices"]
@@ -73,7 +74,7 @@ class GeneratorMonitor(L.Callback):
 
     Args:
         sequences: how many sequences of the first validation batch to look at.
-        max_tokens: form matrices of no more than the first so many tokens, where the layer takes so few.
+        max_tokens: look at no more than the first so many tokens; at all where the model takes no fewer.
         figures: draw S, Q and P(t) of the first sequence when training ends, under ``<log_dir>/figures``.
 
     Example:
@@ -112,11 +113,10 @@ class GeneratorMonitor(L.Callback):
             figure.savefig(folder / f"layer_{i}.png", dpi=150)
 
     def _inputs(self, model: torch.nn.Module, tokens: Tensor) -> list[tuple[SelfAttention, Tensor]]:
-        # A learned matrix takes as many tokens as it was made for.
-        return [
-            (layer, x if any(isinstance(m, RateMatrix) for m in layer.modules()) else x[:, : self.max_tokens])
-            for layer, x in layer_inputs(model, tokens)
-        ]
+        try:
+            return layer_inputs(model, tokens[:, : self.max_tokens])
+        except ShapeError:  # made for so many tokens: places of an image, a learned matrix
+            return layer_inputs(model, tokens)
 
 
 def layer_inputs(model: torch.nn.Module, tokens: Tensor) -> list[tuple[SelfAttention, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class Transformer(nn.Module):
         dropout: on attention entries and on each residual branch, in training.
         rotary_layout: "half_split" or "interleaved" RoPE on queries and keys; None for no positions.
         rotary_base: of the RoPE frequencies.
-        streams: number of residual streams; more than one start as multiples of the input, mix by ``ResidualStreams``, and a learned
+        streams: number of residual streams; more than one start as the input times a learned vector each, mix by ``ResidualStreams``, and a learned
             combination comes out.
 
     Raises:
@@ -111,8 +112,10 @@ class Transformer(nn.Module):
             blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))
         self.streams = streams
         if streams > 1:
-            # Equal streams would make the first mixing do nothing, and their plain mean the last.
-            self.entering = nn.Parameter(torch.linspace(1.5, 0.5, streams))
+            # Were streams equal at first, the first mixing would do nothing, were their mean taken at last, the last; and
+            # norms do not see the scale of one, so that they differ in direction.
+            phase = torch.arange(streams)[:, None] * (torch.arange(width) + 0.5) * (math.pi / width)
+            self.entering = nn.Parameter(1 + 0.5 * phase.cos())  # (S, C)
             self.leaving = nn.Parameter(torch.linspace(0.5, 1.5, streams) / streams)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
@@ -163,7 +166,7 @@ class Transformer(nn.Module):
             raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
         start = 0 if cache is None else cache.length
         if self.streams > 1:
-            x = self.entering.to(x.dtype).unsqueeze(-1) * x.unsqueeze(-2)  # (B, N, S, C)
+            x = self.entering.to(x.dtype) * x.unsqueeze(-2)  # (B, N, S, C)
         try:
             for block, kept in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
                 x = block(x, attn_mask, positions, kept)

@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
-from liegroup_attn.lightning import ExactResume, GeneratorMonitor, LanguageModel, RandomForests, TokenClassifier
-from liegroup_attn.lightning.callbacks import layer_inputs, matrices
-from liegroup_attn.nn import LieAttention, SoftmaxAttention
+from liegroup_attn.lightning import (
+    ExactResume,
+    GeneratorMonitor,
+    ImageClassifier,
+    LanguageModel,
+    RandomForests,
+    TokenClassifier,
+)
+from liegroup_attn.lightning.callbacks import diagnose, layer_inputs, matrices
+from liegroup_attn.nn import LieAttention, LieMixer, RateMatrix, RelativeRates, SoftmaxAttention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -226,3 +234,42 @@ def test_exact_resume_keeps_every_generator_and_loads_with_weights_only():
     callback.on_train_batch_start(None, None, None, 1)  # once: the next batch goes on
     assert draw() != expected
     ExactResume().on_train_batch_start(None, None, None, 0)
+
+
+def test_a_model_of_a_fixed_size_is_looked_at_whole(tmp_path):
+    """Some models take neither fewer tokens nor masks; the monitor must not stop their training."""
+    recipe = {"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 9}
+    model = ImageClassifier(recipe, num_patches=9, patch_values=1, width=8, depth=1, num_heads=2)
+    tokens, labels = torch.randn(8, 9, 1), torch.randint(10, (8,))
+    items = [{"tokens": x, "labels": y} for x, y in zip(tokens, labels, strict=True)]
+    loader = torch.utils.data.DataLoader(items, batch_size=4)
+    monitor = GeneratorMonitor(max_tokens=4)
+    one = trainer(tmp_path, [monitor], max_steps=2, logger=CSVLogger(tmp_path))
+    one.fit(model, loader, loader)
+    mixer = model.transformer.blocks[0].attention
+    assert float(one.callback_metrics["lie/0/exit_rate"]) == pytest.approx(
+        float(-mixer.learned(9).dense().diagonal(dim1=-2, dim2=-1).mean()), rel=0.1
+    )
+    assert list((Path(one.log_dir) / "figures").glob("layer_0.png"))
+
+
+def test_what_is_drawn_of_learned_generators():
+    x = torch.randn(2, 5, 8)
+    mixer = LieMixer(8, 2, RateMatrix(2, 5))
+    ordered = LieAttention(8, 2, plus=RelativeRates(2, 3, rate=5.0), ordered=True)
+    assert list(matrices(mixer, x)) == ["S", "Q", "P(t)"]
+    found = matrices(ordered, x, head=1)
+    assert list(found) == ["S", "Q", "Q₊", "P(t)"]
+    flows = [
+        torch.matrix_exp(found[name].double()[None].expand(2, 5, 5) * float(ordered.time[1]))[0] for name in ("Q", "Q₊")
+    ]
+    torch.testing.assert_close(found["P(t)"].double(), flows[0] @ flows[1], atol=2e-3, rtol=0)
+    assert diagnose(ordered, x)["expected_hops"] > 2  # those along both
+
+
+def test_prediction_with_layers_that_keep_no_cache():
+    recipe = {"module": "LieAttention", "plus": "RelativeRates", "max_distance": 3}
+    model = LanguageModel(recipe, vocab_size=16, width=8, depth=1, num_heads=2, continuation={"max_new_tokens": 2})
+    assert not model.transformer.can_cache
+    assert model.predict_step({"tokens": torch.zeros(1, 4, dtype=torch.long)}, 0).shape == (1, 6)
+    assert LanguageModel({"module": "LieAttention"}, width=8, depth=1, num_heads=2).transformer.can_cache
