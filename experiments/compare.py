@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from experiments.draw import draw
-from experiments.results import BUDGETS, EXPERIMENTS, Run, variants_of
+from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, variants_of
 
 _RUN = "experiments.run"
 
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         description="Train exp(tQ) attention beside RoPE softmax attention on real text and on root finding, test them, "
         "and write one JSON a run, tables and figures. Finished runs are kept: the same command again resumes.",
     )
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument(
+        "--experiments", nargs="+", choices=EXPERIMENTS, default=list(MAIN), help=f"default: {' '.join(MAIN)}"
+    )
     parser.add_argument("--variants", nargs="+", default=None, help="some of the variants; default all")
     parser.add_argument(
         "--budget",
@@ -83,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     if not runs:
         known = sorted({v for e in args.experiments for v in variants_of(e)})
         raise ValueError(f"variants: expected some of {known}, got {args.variants}; check the spelling")
+    if any(run.experiment == "digits" for run in runs) and importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            "experiments: expected scikit-learn for digits, which ships the images, got none; pip install scikit-learn, or "
+            "leave digits out with --experiments"
+        )
     on_cpu = args.accelerator in (None, "cpu") and args.devices in (None, "1")
     jobs = args.jobs or (max(1, (os.cpu_count() or 1) // args.threads) if on_cpu else 1)
     console = Console()

@@ -166,17 +166,15 @@ class LanguageModel(Trained):
         self.log(f"{stage}/bits_per_byte", bits, batch_size=len(scores))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The batch's tokens continued by the hyperparameter ``continuation``, (B, N + max_new_tokens)."""
-        return self.generate(
-            batch["tokens"], **(self.hparams.continuation or {"max_new_tokens": 64, "temperature": 0.0})
-        )
+        """The batch's tokens continued by the hyperparameter ``continuation``, (B, N + max_new_tokens).
+
+        Without ``use_cache`` in it, caches are used where every layer can keep one.
+        """
+        sampling = self.hparams.continuation or {"max_new_tokens": 64, "temperature": 0.0}
+        return self.generate(batch["tokens"], **{"use_cache": self.transformer.can_cache, **sampling})
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``.
-
-        ``use_cache`` is by default what the layers can do.
-        """
-        sampling.setdefault("use_cache", self.transformer.can_cache)
+        """Continue prompts of equal length; arguments, errors and result as in ``nn.Transformer.generate``."""
         return self.transformer.generate(tokens, max_new_tokens, embedding=self.embedding, head=self.head, **sampling)
 
 
