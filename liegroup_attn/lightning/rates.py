@@ -29,7 +29,7 @@ class RateEstimator(L.LightningModule):
     The parameter Q is a point on ``RateMatrices``, or on ``ReversibleRateMatrices``; Riemannian Adam moves it, so that it
     never leaves the cone. Training starts from ``first_order_rates`` of a ``TransitionCounts`` data module (of other
     data: from equal rates) and stops by itself once the Riemannian gradient is small, or the steps are.
-    The estimate is then written to ``generator.txt`` in the trainer's ``log_dir``.
+    The estimate is then written to ``generator.txt`` beside the logs, if there are any.
 
     Args:
         num_states: n, ≥ 2.
@@ -119,7 +119,7 @@ class RateEstimator(L.LightningModule):
 
     def on_fit_end(self) -> None:
         log_dir = self.trainer.log_dir  # a collective: every process has to ask
-        if log_dir is None or not self.trainer.is_global_zero:
+        if log_dir is None or not self.trainer.loggers or not self.trainer.is_global_zero:
             return
         path = Path(log_dir) / "generator.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from liegroup_attn.algebra import is_rate_matrix, is_reversible
 from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.generators import DenseGenerator
 from liegroup_attn.lightning import RateEstimator, TransitionCounts
 from liegroup_attn.lightning.cli import main
-from liegroup_attn.lightning.data import generator_from, simulate_counts
+from liegroup_attn.lightning.data import generator_from, read_generator, simulate_counts
 from liegroup_attn.lightning.rates import first_order_rates, negative_log_likelihood
 from liegroup_attn.manifolds import ManifoldParameter
 
@@ -49,7 +51,7 @@ def data_of(tmp_path, counts: torch.Tensor, **options) -> TransitionCounts:
 
 def trained(model: RateEstimator, data: TransitionCounts, **options) -> L.Trainer:
     silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = L.Trainer(accelerator="cpu", logger=False, **({"max_steps": 2000} | silent | options))
+    trainer = L.Trainer(accelerator="cpu", **({"max_steps": 2000, "logger": False} | silent | options))
     trainer.fit(model, datamodule=data)
     return trainer
 
@@ -214,3 +216,10 @@ def test_the_command_line_estimates_from_a_file_of_the_user(tmp_path, monkeypatc
     assert float(shown.split("test/error")[1].split()[1]) < 0.03
     estimate = RateEstimator.load_from_checkpoint(checkpoint, weights_only=True).generator()
     assert is_rate_matrix(estimate.detach()) == (True, None)
+
+
+def test_the_estimate_is_written_beside_the_logs(tmp_path):
+    model = RateEstimator(num_states=3)
+    trainer = trained(model, data_of(tmp_path, 1e4 * expected_counts(CYCLE)), logger=CSVLogger(tmp_path), max_steps=5)
+    written = read_generator(Path(trainer.log_dir) / "generator.txt")
+    torch.testing.assert_close(written, model.Q.detach(), atol=1e-8, rtol=1e-8)
