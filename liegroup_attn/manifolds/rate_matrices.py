@@ -155,8 +155,11 @@ class RateMatrices(FlatManifold):
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
         wide = x.detach().to(torch.float64)
+        remedy = "start from a positive rate, leave the transition out of the support, or use FlatRateMatrices"
         return finding(
-            self._not_linear(wide, atol, rtol), not_positive("rates on the support", wide[..., self._allowed(x)])
+            not_finite(wide),
+            not_positive("rates on the support", wide[..., self._allowed(x)], remedy),
+            self._not_linear(wide, atol, rtol),
         )
 
     def _check_vector_on_tangent(self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:

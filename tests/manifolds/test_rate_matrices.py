@@ -223,6 +223,10 @@ def test_a_balance_out_of_reach_says_so(monkeypatch):
 # reasons
 
 GOOD = torch.tensor([[-2.0, 1.0, 1.0], [1.0, -1.5, 0.5], [1.0, 1.0, -2.0]])
+NOT_POSITIVE = (
+    "rates on the support must be positive, got {}; start from a positive rate, leave the transition out of the support, "
+    "or use FlatRateMatrices"
+)
 
 
 def changed(i: int, j: int, value: float) -> Tensor:
@@ -236,8 +240,9 @@ def changed(i: int, j: int, value: float) -> Tensor:
         (RateMatrices(3), changed(0, 0, -1.0), "rows must sum to 0, off by 1"),
         (RateMatrices(3), changed(0, 0, math.nan), "entries must be finite, got NaN or inf"),
         (RateMatrices(3), changed(2, 0, math.inf), "entries must be finite, got NaN or inf"),
-        (RateMatrices(2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), "rates on the support must be positive, got -1"),
-        (RateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), "rates on the support must be positive, got 0"),
+        (RateMatrices(2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), NOT_POSITIVE.format(-1)),
+        (RateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), NOT_POSITIVE.format(0)),
+        (RateMatrices(2), torch.tensor([[9.0, 0.0], [1.0, -1.0]]), NOT_POSITIVE.format(0)),
         (RateMatrices(3, causal_support(3)), GOOD, "entries off the support must be 0, off by 1"),
         (RateMatrices(2), GOOD, "'x' must have shape (..., 2, 2), got (3, 3)"),
         (FlatRateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), None),
