@@ -46,7 +46,7 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
 
     def __init__(self, n: int, support: Tensor | None = None) -> None:
         super().__init__(n, support)
-        reach = self.transitions | torch.eye(n, dtype=torch.bool)
+        reach = self.transitions | torch.eye(n, dtype=torch.bool, device="cpu")
         for _ in range((n - 1).bit_length()):
             reach = (reach.to(torch.float32) @ reach.to(torch.float32)) > 0
         lost = (self.transitions & ~reach.mT).nonzero()
@@ -91,6 +91,8 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
     def _balancing(self, c: Tensor) -> Tensor:
         """x by Newton steps, each the minimiser of a bound from above: shortened to log(1 + M)/M, M its size."""
         x = torch.zeros(c.shape[:-1], dtype=c.dtype, device=c.device)
+        if c.is_meta:
+            return x  # without values there is nothing to find
         rounding = 8 * self.n * torch.finfo(c.dtype).eps
         for _ in range(_MOST_STEPS):
             rates = (c + _gradient(x)).exp()

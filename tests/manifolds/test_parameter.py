@@ -27,7 +27,11 @@ from liegroup_attn.manifolds import (
     PositiveVectors,
     RateMatrices,
     ReversibleRateMatrices,
+    SpecialOrthogonal,
     StochasticMatrices,
+    banded_support,
+    block_support,
+    causal_support,
     declared,
     hold,
     off_manifold,
@@ -278,6 +282,38 @@ def test_built_on_the_meta_device():
     module.load_state_dict({"axis": torch.tensor([0.0, 0.6, 0.8])}, assign=True)
     assert type(module.axis) is ManifoldParameter
     assert module.axis.tolist() == pytest.approx([0.0, 0.6, 0.8])
+
+
+META = {
+    "rates": lambda: RateMatrices(3),
+    "causal": lambda: RateMatrices(3, causal_support(3)),
+    "banded": lambda: FlatRateMatrices(3, banded_support(3, 1)),
+    "blocks": lambda: ReversibleRateMatrices(3, block_support([2, 1])),
+    "reversible": lambda: ReversibleRateMatrices(3),
+    "balanced": lambda: DoublyBalancedRateMatrices(3),
+    "flat": lambda: FlatRateMatrices(3),
+    "stochastic": StochasticMatrices,
+    "positive": PositiveVectors,
+    "interval": lambda: OpenInterval(2.0),
+    "rotations": lambda: SpecialOrthogonal(3),
+}
+
+
+@pytest.mark.parametrize("family", META)
+def test_families_are_built_on_the_meta_device(family):
+    with torch.device("meta"):
+        module = nn.Module()
+        manifold = META[family]()
+        hold(module, "Q", torch.empty(3, 3), manifold)
+        assert manifold.projx(torch.empty(2, 3, 3)).is_meta
+    assert module.Q.is_meta
+    point = META[family]().random(3, 3)
+    module.to_empty(device="cpu").load_state_dict({"Q": point})
+    assert restore(module) in ([], ["Q"])
+    assert type(module.Q) is ManifoldParameter
+    assert torch.equal(module.Q, point)
+    step = torch.zeros_like(module.Q).detach()
+    torch.testing.assert_close(module.Q.manifold.retr(module.Q.detach(), step), point.as_subclass(torch.Tensor))
 
 
 # what is loaded
