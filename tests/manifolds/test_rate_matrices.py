@@ -365,3 +365,38 @@ def test_balance_is_found_from_afar(std, support):
     x = plain(m.random(5, 12, 12, dtype=torch.float64, std=std))
     exits = x.diagonal(dim1=-2, dim2=-1).abs()
     assert (x.sum(-2).abs() <= 1e-12 * exits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", [DoublyBalancedRateMatrices, ReversibleRateMatrices])
+def test_projection_keeps_what_passes_the_check(family, dtype):
+    """Symmetric rates, reversible and balanced as they are, with whatever size and spread."""
+    m, passed = family(4), []
+    off = ~torch.eye(4, dtype=torch.bool)
+    for seed in range(200):
+        logs = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        logs = (seed % 5) * (logs + logs.mT) + 2.0 * (seed % 19 - 9)
+        x = logs.exp().masked_fill(~off, 0).to(dtype)
+        x = x - torch.diag(x.sum(-1))
+        passed.append(m.check_point_on_manifold(x))
+        near = m.projx(x)
+        assert torch.allclose(near[off], x[off], rtol=1e-4, atol=0) == passed[-1], seed
+        assert m.check_point_on_manifold(near, explain=True) == (True, None)
+        if passed[-1]:
+            torch.testing.assert_close(m.retr(x, torch.zeros_like(x)), near)
+    assert 50 < sum(passed) < 200 or family is ReversibleRateMatrices
+
+
+def test_a_rate_out_of_reach_is_named():
+    x = torch.tensor([[0.0, 1e-18, 1.0], [1e-18, 0.0, 1e18], [1.0, 1e18, 0.0]])
+    ok, reason = ReversibleRateMatrices(3).check_point_on_manifold(x - torch.diag(x.sum(-1)), explain=True)
+    assert not ok
+    assert "coordinates, logarithms of rates, must be within reach, ±40, off by" in reason
+
+
+def test_a_common_factor_is_in_reach():
+    m = DoublyBalancedRateMatrices(4)
+    x = plain(m.random(4, 4, dtype=torch.float64, std=2.0))
+    for factor in (1e-7, 1e-3, 1e5):
+        torch.testing.assert_close(m.projx(factor * x), factor * x)
+        assert m.check_point_on_manifold(factor * x, explain=True) == (True, None)
