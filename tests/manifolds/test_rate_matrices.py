@@ -138,6 +138,19 @@ def test_the_ends_are_finite(dtype, step):
         assert value.isfinite().all()
 
 
+HALVES = [(family, torch.bfloat16) for family in FAMILIES] + [(f, torch.float16) for f in FAMILIES[:2]]
+
+
+@pytest.mark.parametrize(("family", "dtype"), HALVES)
+def test_half_precision_stays_half(family, dtype):
+    m = family(4)
+    x, u = m.projx(torch.rand(2, 4, 4).to(dtype)), torch.randn(2, 4, 4).to(dtype)
+    u = m.proju(x, u)
+    for value in (x, u, m.retr(x, u), m.egrad2rgrad(x, u), m.random(4, 4, dtype=dtype)):
+        assert value.dtype == dtype
+    assert float(off_manifold(x, m)) <= 2 * torch.finfo(dtype).eps
+
+
 # supports
 
 
