@@ -81,8 +81,9 @@ def test_steps_look_at_rates_only(family, dtype):
     assert torch.equal(m.retr(x, u + torch.full((4,), 1e6, dtype=dtype).diag()), m.retr(x, u))
 
 
-def test_no_state_of_a_caller_is_written():
-    m = RateMatrices(4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_state_of_a_caller_is_written(family):
+    m = family(4)
     x, u, v, y = plain(m.random(4, 4)), torch.randn(4, 4), torch.randn(4, 4), plain(m.random(4, 4))
     before = [t.clone() for t in (x, u, v, y)]
     for verb, arguments in {
@@ -97,9 +98,35 @@ def test_no_state_of_a_caller_is_written():
         "component_inner": (x, u, v),
         "chart": (x,),
         "from_chart": (u,),
+        "push": (x, u),
+        "lift": (x, u),
+        "chart_gradient": (x, u),
+        "difference": (x, y),
+        "move": (x, u),
     }.items():
-        getattr(m, verb)(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip((x, u, v, y), before, strict=True)), verb
+        for grad_mode in (True, False):
+            if grad_mode or verb != "move":  # what an optimizer calls may use up its step
+                with torch.set_grad_enabled(grad_mode):
+                    getattr(m, verb)(*arguments)
+                assert all(torch.equal(a, b) for a, b in zip((x, u, v, y), before, strict=True)), verb
+
+
+@pytest.mark.parametrize("verb", ["retr", "expmap", "egrad2rgrad", "move", "lift", "push"])
+@pytest.mark.parametrize("family", [RateMatrices, FlatRateMatrices, ReversibleRateMatrices])
+def test_verbs_go_through_functional_transforms(family, verb):
+    m = family(4, banded_support(4, 1))
+    x, u = plain(m.random(3, 4, 4, dtype=torch.float64)), torch.randn(3, 4, 4, dtype=torch.float64)
+    u, step = m.proju(x, u), getattr(m, verb)
+
+    def loss(x: Tensor, u: Tensor, map_items: bool) -> Tensor:
+        return (torch.func.vmap(step)(x, u) if map_items else step(x, u)).sin().sum()
+
+    for argument in (0, 1):
+        got, expected = (torch.func.grad(loss, argnums=argument)(x, u, mapped) for mapped in (True, False))
+        torch.testing.assert_close(got, expected)
+        leaves = [t.clone().requires_grad_() for t in (x, u)]
+        (usual,) = torch.autograd.grad(loss(*leaves, False), leaves[argument], materialize_grads=True)
+        torch.testing.assert_close(got, usual)
 
 
 @pytest.mark.parametrize("support", SUPPORTS.values(), ids=SUPPORTS)
