@@ -23,11 +23,13 @@ def exit_rates(generator: Tensor) -> Tensor:
         generator: (..., N, N), the dense Q.
 
     Returns:
-        (..., N), moves per unit of time.
+        (..., N), moves per unit of time; NaN and inf are passed on.
 
     Raises:
         DtypeError: not floating point.
         ShapeError: ``generator`` is not square.
+        GeneratorError: a finite matrix of the batch is no rate matrix, by more than 1 % of the largest entry (checked on
+            the CPU).
 
     Example:
         >>> exit_rates(torch.tensor([[-2.0, 2.0], [0.0, 0.0]]))
@@ -35,7 +37,9 @@ def exit_rates(generator: Tensor) -> Tensor:
 
     Source: [Norris1997]_, section 2.6.
     """
-    return 0 - square("generator", generator).diagonal(dim1=-2, dim2=-1)  # (..., N); 0 − x: never −0
+    diagonal = square("generator", generator).diagonal(dim1=-2, dim2=-1)  # (..., N)
+    _refuse_others(generator)
+    return 0 - diagonal  # never −0
 
 
 def expected_hops(generator: Tensor, time: float | Tensor = 1.0, *, exponential: bool = False) -> Tensor:
@@ -55,7 +59,8 @@ def expected_hops(generator: Tensor, time: float | Tensor = 1.0, *, exponential:
     Raises:
         DtypeError: not floating point.
         ShapeError: ``generator`` is not square, or ``time`` does not broadcast to its batch.
-        GeneratorError: ``time`` is negative or not finite (checked for Python numbers and CPU tensors).
+        GeneratorError: ``time`` is negative or not finite (checked for Python numbers and CPU tensors); a finite matrix
+            of the batch is no rate matrix, by more than 1 % of the largest entry (checked on the CPU).
 
     Example:
         >>> Q = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])  # leaves at rate 1 from everywhere
@@ -65,6 +70,7 @@ def expected_hops(generator: Tensor, time: float | Tensor = 1.0, *, exponential:
     Source: [Higham2008]_, chapter 10 (integrals from the exponential of a block matrix).
     """
     dtype = square("generator", generator).dtype
+    _refuse_others(generator)
     batch, n = generator.shape[:-2], generator.shape[-1]
     tq = generator.double() * _check_time(time, batch, generator.device)[..., None, None]  # (..., N, N)
     finite = tq.isfinite().flatten(-2).all(-1)[..., None]  # (..., 1): one item's NaN stays its own
@@ -96,6 +102,16 @@ def rate_matrix(generator: Tensor) -> Tensor:
             raise GeneratorError(f"generator: expected a rate matrix, got one that fails: {reason}; use project_cone")
     rates = wide.masked_fill(eye_like(wide).bool(), 0).clamp_min(0)
     return rates - torch.diag_embed(rates.sum(-1))
+
+
+def _refuse_others(generator: Tensor) -> None:
+    """GeneratorError for what is clearly no generator; NaN of an item stays its own, rounding is left alone."""
+    if not values_visible(generator):
+        return
+    finite = generator.detach()[generator.isfinite().flatten(-2).all(-1)]  # (b, N, N)
+    ok, reason = is_rate_matrix(finite, 0.01 * float(finite.abs().max()) if finite.numel() else None)
+    if not ok:
+        raise GeneratorError(f"generator: expected a rate matrix, got one that fails: {reason}; use project_cone")
 
 
 def reachable(Q: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import square
+from liegroup_attn.algebra.exponential import expm
 from liegroup_attn.algebra.logarithm import logm, no_logarithm
 from liegroup_attn.algebra.membership import is_stochastic, project_cone
 from liegroup_attn.errors import ConvergenceError, GeneratorError, ShapeError
 
 __all__ = ["Embedding", "embed"]
+
+_MISS = 2  # times atol; exponentials of rate matrices, rounded to P's dtype, stay below 1
 
 
 class Embedding(NamedTuple):
@@ -49,6 +52,8 @@ def embed(P: Tensor, time: float = 1.0, atol: float | None = None) -> Embedding:
     more, another logarithm may be a rate matrix where the principal one is none, with two exceptions: there is no
     other real one (positive, distinct eigenvalues [Culver1966]_); or det P > e^{−π}, for the eigenvalues of tQ have
     imaginary parts of at most −tr(tQ) < π then (Gershgorin's discs), which makes tQ principal.
+
+    The answer is checked: ok says that exp(tQ), of the Q returned, is within 2 · atol of P in every entry.
 
     Args:
         P: (N, N), one matrix.
@@ -100,7 +105,11 @@ def embed(P: Tensor, time: float = 1.0, atol: float | None = None) -> Embedding:
     if least < -rounding:
         unique = principal or _distinct_and_positive(values, atol)
         return _no("logarithm", f"log P has the rate {least:g}, which must be at least 0", unique)
-    return Embedding(True, None, None, (project_cone(log) / time).to(square("P", P)), True)
+    generator = (project_cone(log) / time).to(square("P", P))
+    miss = float((expm(time * generator.double()) - wide).abs().max())
+    if not miss <= _MISS * atol:
+        return _no("logarithm", f"the rate matrix nearest to log P has an exponential that is {miss:.2g} off P", False)
+    return Embedding(True, None, None, generator, True)
 
 
 def _no(condition: str, reason: str | None, conclusive: bool) -> Embedding:

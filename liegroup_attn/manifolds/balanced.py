@@ -21,7 +21,7 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
     Rescaling states, Q_ij e^{x_i − x_j}, balances every matrix of positive rates in exactly one way. So the log-rates
     modulo gradients x_i − x_j are a chart: φ(Q) = Π log Q, Π the projection on the c with Σ_j c_ij = Σ_j c_ji, and
     φ⁻¹ finds the x that minimises Σ e^{c_ij + x_i − x_j} by damped Newton steps in float64. The manifold is flat and
-    complete; its coordinates are kept within ±12.
+    complete; its coordinates are kept within ±12, beside a factor common to all rates, which is kept within e^{±20}.
 
     Args:
         n: number of states, ≥ 1.
@@ -46,7 +46,7 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
 
     def __init__(self, n: int, support: Tensor | None = None) -> None:
         super().__init__(n, support)
-        reach = self.transitions | torch.eye(n, dtype=torch.bool)
+        reach = self.transitions | torch.eye(n, dtype=torch.bool, device="cpu")
         for _ in range((n - 1).bit_length()):
             reach = (reach.to(torch.float32) @ reach.to(torch.float32)) > 0
         lost = (self.transitions & ~reach.mT).nonzero()
@@ -58,11 +58,19 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
             )
         self._together = reach.to(torch.float64)  # states of one component
         self._inverse = torch.linalg.pinv(_laplacian(self.transitions.to(torch.float64)), hermitian=True)
+        self._even = self.flatten(torch.ones(n, n, dtype=torch.float64, device="cpu"))  # where a common factor moves
 
     def flatten(self, c: Tensor) -> Tensor:
         """c − B L⁺ D c: what is left when the nearest gradient x_i − x_j is taken away."""
         c = c.masked_fill(~self._allowed(c), 0)
         return (c - _gradient(_outflow(c) @ self._inverse.to(c))).masked_fill(~self._allowed(c), 0)
+
+    def _within_reach(self, c: Tensor) -> Tensor:
+        c = self.flatten(c.clamp(-1e30, 1e30))
+        c = c * (1e3 / c.abs().amax((-2, -1), keepdim=True).clamp(min=1e3))  # lest rounding of a huge factor be a step
+        even = self._even.to(c)
+        factor = (c * even).sum((-2, -1), keepdim=True) / even.square().sum().clamp(min=1)
+        return super()._within_reach(c - factor * even) + factor.clamp(-20, 20) * even
 
     def lift(self, x: Tensor, c: Tensor) -> Tensor:
         """q ∘ (c + α_i − α_j), balanced."""
@@ -91,6 +99,8 @@ class DoublyBalancedRateMatrices(LogLinearRateMatrices):
     def _balancing(self, c: Tensor) -> Tensor:
         """x by Newton steps, each the minimiser of a bound from above: shortened to log(1 + M)/M, M its size."""
         x = torch.zeros(c.shape[:-1], dtype=c.dtype, device=c.device)
+        if c.is_meta:
+            return x  # without values there is nothing to find
         rounding = 8 * self.n * torch.finfo(c.dtype).eps
         for _ in range(_MOST_STEPS):
             rates = (c + _gradient(x)).exp()

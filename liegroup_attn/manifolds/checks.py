@@ -53,9 +53,9 @@ def not_finite(x: Tensor) -> str | None:
     return None if bool(torch.isfinite(x).all()) else "entries must be finite, got NaN or inf"
 
 
-def not_positive(what: str, values: Tensor) -> str | None:
+def not_positive(what: str, values: Tensor, remedy: str) -> str | None:
     """A reason unless all values are positive."""
-    return None if bool((values > 0).all()) else f"{what} must be positive, got {float(values.min()):g}"
+    return None if bool((values > 0).all()) else f"{what} must be positive, got {float(values.min()):g}; {remedy}"
 
 
 def beyond(law: str, error: Tensor, tolerance: Tensor | float) -> str | None:

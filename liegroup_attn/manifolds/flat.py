@@ -50,7 +50,7 @@ class FlatManifold(geoopt.Manifold):
         return self.chart(y) - self.chart(x)
 
     def move(self, x: Tensor, c: Tensor) -> Tensor:
-        """φ⁻¹(φ(x) + c)."""
+        """φ⁻¹(φ(x) + c); without grad mode, as in an optimizer, c may be used up."""
         return self.from_chart(self.chart(x) + c)
 
     def chart_squares(self, c: Tensor) -> Tensor:

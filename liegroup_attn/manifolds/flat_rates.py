@@ -48,11 +48,11 @@ class FlatRateMatrices(RateMatrices):
 
     def projx(self, x: Tensor) -> Tensor:
         """The nearest rate matrix in the Frobenius norm."""
-        return project_cone(x, self._allowed(x))
+        return project_cone(x, self._allowed(x)).to(x.dtype)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """The nearest matrix on the support with zero row sums."""
-        return project_algebra(u.expand(torch.broadcast_shapes(x.shape, u.shape)), self._allowed(x))
+        return project_algebra(u.expand(torch.broadcast_shapes(x.shape, u.shape)), self._allowed(x)).to(u.dtype)
 
     def chart(self, x: Tensor) -> Tensor:
         """The matrix itself."""

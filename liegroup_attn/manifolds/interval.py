@@ -86,7 +86,7 @@ class OpenInterval(FlatManifold):
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         inside = bool(((x > 0) & (x < self.upper)).all())
-        return inside, None if inside else f"entries must lie in (0, {self.upper:g})"
+        return inside, None if inside else f"entries must lie in (0, {self.upper:g}); start from a number inside"
 
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5

@@ -25,7 +25,8 @@ def hold(module: nn.Module, name: str, point: Tensor, manifold: geoopt.Manifold)
 
     The declaration outlives what turns a ManifoldParameter into a plain one: after ``load_state_dict``, also with
     ``assign=True``, the parameter is on its manifold again, and ``restore`` mends the rest. Loaded values that are off the
-    manifold are projected, with a warning when they were off by more than rounding; NaN is refused.
+    manifold are projected, with a warning unless rounding explains it; NaN is refused. A zero where the manifold is open
+    is off it, however near: from there no step would move it.
 
     Args:
         module: gets the parameter.
@@ -132,21 +133,34 @@ def _as_manifold_parameter(parameter: nn.Parameter, manifold: geoopt.Manifold) -
 
 @torch.no_grad()
 def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
-    """The point, or its projection in at least float32; with a warning when it was off by more than rounding."""
+    """The point, or its projection in at least float32; with a warning unless rounding of its dtype explains it.
+
+    A zero rate is next to nothing away from a positive one, but no step would ever move it: it is not for the distance
+    alone to decide.
+    """
     wide = point.to(torch.promote_types(point.dtype, torch.float32))  # decompositions do not run in half precision
     distance = float(off_manifold(wide, manifold))
     if distance <= _TOLERANCE and manifold.check_point_on_manifold(wide):
         return point  # bit by bit, so that a resumed run is the uninterrupted one
-    rounding = 2 * torch.finfo(point.dtype).eps if point.is_floating_point() else 0.0
-    if not distance <= max(_TOLERANCE, rounding):
+    rounding = max(_TOLERANCE, 2 * torch.finfo(point.dtype).eps if point.is_floating_point() else 0.0)
+    ok, reason = manifold.check_point_on_manifold(wide, explain=True, atol=rounding, rtol=rounding)
+    if not ok or not distance <= rounding:
+        because = "" if reason is None else f": {reason}"
         warnings.warn(
             f"{name}: expected a point of {manifold}, got one that is {distance:.2g} off; it was projected, look for "
-            "what moved it",
+            f"what moved it{because}",
             UserWarning,
             stacklevel=3,
         )
     with torch.autocast(wide.device.type, enabled=False):
         return manifold.projx(wide)
+
+
+def _has_values(loaded: Any) -> bool:
+    """Whether a tensor's numbers are in its own memory: not in that of tensors it is made of, as a DTensor's."""
+    # What holds its numbers elsewhere takes part in torch's dispatch.
+    plain = isinstance(loaded, Tensor) and type(loaded).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and not loaded.is_meta
 
 
 def _settle_loaded(
@@ -161,12 +175,13 @@ def _settle_loaded(
     for name, manifold in module.__dict__[_DECLARED].items():
         key, own = prefix + name, module._parameters.get(name)
         loaded: Any = state_dict.get(key)
-        if type(loaded) not in (Tensor, nn.Parameter, ManifoldParameter) or loaded.is_meta:
+        if not _has_values(loaded):
             continue  # missing, without values, or no tensor of this process
+        loaded = loaded.detach().as_subclass(Tensor)  # torch assigns no ManifoldTensor
         if own is None or loaded.shape != own.shape:
             continue  # torch refuses it
         if bool(torch.isfinite(loaded).all()):
-            settled = _settle(key, loaded.detach(), manifold)
+            settled = _settle(key, loaded, manifold)
             state_dict[key] = settled.to(loaded.dtype) if metadata.get("assign_to_params_buffers") else settled
         else:
             messages[-1].append(

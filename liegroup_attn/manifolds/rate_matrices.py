@@ -75,11 +75,12 @@ class RateMatrices(FlatManifold):
         return self._moved
 
     def _kept(self, x: Tensor) -> Tensor:
-        """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; in place."""
+        """Rates in range, 0 where there is no transition, and the diagonal that makes rows sum to 0; x may be used up."""
         least = torch.finfo(x.dtype).tiny ** 0.5
         most = self._allowed(x).to(x.dtype) / least
         # One pass: where no transition is allowed, the least is above the most, which is 0 and has no derivative.
-        return _closed_rows(x.clamp_(torch.full_like(most, least), most), torch.float64)
+        clamp = torch.clamp if torch.is_grad_enabled() else torch.clamp_  # torch.func.vmap is slow in place
+        return _closed_rows(clamp(x, torch.full_like(most, least), most), torch.float64)
 
     def projx(self, x: Tensor) -> Tensor:
         """Rates by their size, none off the support, and the diagonal that belongs to them.
@@ -115,8 +116,8 @@ class RateMatrices(FlatManifold):
         return c
 
     def lift(self, x: Tensor, c: Tensor) -> Tensor:
-        """x ∘ c and the diagonal that belongs to it, for c that is 0 where there is no transition; c is used up."""
-        return _closed_rows(_times(c, x))
+        """x ∘ c and the diagonal that belongs to it, for c that is 0 where there is no transition."""
+        return _closed_rows(c * x)
 
     def chart_gradient(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Q_ij (G_ij − G_ii): the diagonal moves against every rate of its row."""
@@ -128,8 +129,8 @@ class RateMatrices(FlatManifold):
         return (y.masked_fill(~allowed, 1) / x.masked_fill(~allowed, 1)).log()
 
     def move(self, x: Tensor, c: Tensor) -> Tensor:
-        """Rates times exp(c); c is used up."""
-        return self._kept(_times(c.exp_(), x))
+        """Rates times exp(c); without grad mode c is used up."""
+        return self._kept(_times(c.exp() if torch.is_grad_enabled() else c.exp_(), x))
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Q_ij exp(U_ij / Q_ij); the diagonal of u is not looked at."""
@@ -155,8 +156,11 @@ class RateMatrices(FlatManifold):
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
         wide = x.detach().to(torch.float64)
+        remedy = "start from a positive rate, leave the transition out of the support, or use FlatRateMatrices"
         return finding(
-            self._not_linear(wide, atol, rtol), not_positive("rates on the support", wide[..., self._allowed(x)])
+            not_finite(wide),
+            not_positive("rates on the support", wide[..., self._allowed(x)], remedy),
+            self._not_linear(wide, atol, rtol),
         )
 
     def _check_vector_on_tangent(self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
@@ -170,6 +174,7 @@ def _closed_rows(u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _times(c: Tensor, x: Tensor) -> Tensor:
-    """c ∘ x, in the memory of c where it fits and no derivative needs c: new memory costs more than the product."""
+    """c ∘ x, in the memory of c where it fits and no derivative may need c: new memory costs more than the product."""
     fits = c.shape == torch.broadcast_shapes(c.shape, x.shape)
-    return c.mul_(x) if fits and not c.requires_grad else c * x
+    # Inside torch.func's transforms requires_grad does not say whether a derivative is taken.
+    return c * x if torch.is_grad_enabled() or not fits else c.mul_(x)

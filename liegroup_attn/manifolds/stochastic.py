@@ -119,7 +119,7 @@ class StochasticMatrices(geoopt.Manifold):
         wide = x.detach().to(torch.float64)
         return finding(
             not_finite(wide),
-            not_positive("entries", wide),
+            not_positive("entries", wide, "start from positive entries"),
             beyond("rows must sum to 1", wide.sum(-1) - 1, atol + rtol),
         )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
+from liegroup_attn.manifolds.checks import Finding, beyond, finding
 from liegroup_attn.manifolds.rate_matrices import RateMatrices
 
 __all__ = ["LogLinearRateMatrices"]
@@ -15,7 +17,7 @@ class LogLinearRateMatrices(RateMatrices):
     """Base of families of rate matrices whose chart is the projection Π of the log-rates on a linear space.
 
     What runs towards infinity is brought back on the line to the chart's origin, which stays in the space:
-    entries of the chart are at most ``reach`` in size.
+    entries of the chart are at most ``reach`` in size. What is beyond is no point.
     """
 
     by_entry = False  # a linear space is no product of its coordinates
@@ -28,6 +30,16 @@ class LogLinearRateMatrices(RateMatrices):
     def _within_reach(self, c: Tensor) -> Tensor:
         c = self.flatten(c.clamp(-1e30, 1e30))
         return c * (self.reach / c.abs().amax((-2, -1), keepdim=True).clamp(min=self.reach))
+
+    def _beyond_reach(self, x: Tensor, atol: float, rtol: float) -> str | None:
+        """A reason unless a projection would leave the coordinates of positive rates where they are."""
+        c = self.chart(x)
+        law = f"coordinates, logarithms of rates, must be within reach, ±{self.reach:g}"
+        return beyond(law, c - self._within_reach(c), atol + rtol * c.abs())
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
+        _, reason = super()._check_point_on_manifold(x, atol=atol, rtol=rtol)
+        return finding(reason or self._beyond_reach(x.detach().to(torch.float64), atol, rtol))
 
     def projx(self, x: Tensor) -> Tensor:
         """The matrix of the family with the nearest log-rates."""

@@ -1,4 +1,4 @@
-"""Supports: which transitions a learned rate matrix may have."""
+"""Supports: which transitions a learned rate matrix may have; always on the CPU, where values can be looked at."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def causal_support(n: int) -> Tensor:
                 [1, 1, 0],
                 [1, 1, 1]], dtype=torch.int32)
     """
-    return torch.ones(check_states(n), n, dtype=torch.bool).tril()
+    return torch.ones(check_states(n), n, dtype=torch.bool, device="cpu").tril()
 
 
 def banded_support(n: int, width: int) -> Tensor:
@@ -54,7 +54,7 @@ def banded_support(n: int, width: int) -> Tensor:
     """
     if isinstance(width, bool) or not isinstance(width, int) or width < 0:
         raise GeneratorError(f"width: expected an integer ≥ 0, got {width}; 1 is a birth-death chain")
-    return torch.ones(check_states(n), n, dtype=torch.bool).tril(width).triu(-width)
+    return torch.ones(check_states(n), n, dtype=torch.bool, device="cpu").tril(width).triu(-width)
 
 
 def block_support(sizes: Sequence[int]) -> Tensor:
@@ -77,7 +77,8 @@ def block_support(sizes: Sequence[int]) -> Tensor:
     """
     if len(sizes) == 0:
         raise GeneratorError("sizes: expected at least one block, got none; one block of n states allows everything")
-    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor([check_states(size) for size in sizes]))
+    lengths = torch.tensor([check_states(size) for size in sizes], device="cpu")
+    block = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), lengths)
     return block[:, None] == block
 
 
@@ -96,7 +97,7 @@ def check_support(n: int, support: Tensor | None) -> Tensor:
         DtypeError: not a bool tensor.
         MaskError: not (n, n), a row without any allowed target, or no transition at all for n ≥ 2.
     """
-    eye = torch.eye(check_states(n), dtype=torch.bool)
+    eye = torch.eye(check_states(n), dtype=torch.bool, device="cpu")
     if support is None:
         return ~eye
     if not isinstance(support, Tensor) or support.dtype != torch.bool:

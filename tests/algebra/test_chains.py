@@ -380,6 +380,23 @@ def test_wrong_generators(name, case):
         VERBS[name](Q)
 
 
+@pytest.mark.parametrize("function", [exit_rates, expected_hops])
+def test_numbers_of_a_log_refuse_what_is_no_generator_and_pass_nan_on(function):
+    for case in ("negative rate", "open rows"):
+        Q, error, message = WRONG[case]
+        with pytest.raises(error, match=message):
+            function(Q)
+    one = torch.ones(2, 2)
+    bad = torch.full((2, 2), math.nan)
+    with pytest.raises(GeneratorError, match=r"generator: .*sum to 0"):
+        function(torch.stack([bad, one]))
+    got = function(torch.stack([bad, cycle(2).float()]))
+    assert got[0].isnan().all()
+    torch.testing.assert_close(got[1], function(cycle(2).float()))
+    rounded = rate_matrix(5).bfloat16().float()
+    assert function(rounded).isfinite().all()
+
+
 @pytest.mark.parametrize("function", [hitting_probabilities, hitting_times])
 def test_wrong_targets(function):
     for target in (torch.ones(3), torch.ones(4).bool(), torch.ones(2, 3).bool(), 1):

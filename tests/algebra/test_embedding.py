@@ -158,6 +158,42 @@ def test_single_precision_and_tolerance():
     assert embed(noisy, atol=1e-3).ok
 
 
+def _candidates(n: int, seed: int) -> list[torch.Tensor]:
+    """Stochastic: exponentials of matrices in the cone and with one negative rate, and others."""
+    rates = rate_matrix(n, size=8.0, seed=seed)
+    outside = rates.clone()
+    outside[0, -1] = -(10.0 ** -(seed % 7))
+    candidates = [(square_matrix(n, seed=seed) + 3 * torch.eye(n, dtype=D)).softmax(-1)]
+    for X in (rates, outside):
+        X = X - torch.diag(X.sum(-1))
+        P = expm(X * (0.3, 1, 2)[seed % 3]).clamp_min(0)
+        candidates.append(P / P.sum(-1, keepdim=True))
+    return candidates
+
+
+def test_yes_means_that_the_exponential_is_the_matrix():
+    answers = []
+    for seed in range(300):
+        n, time = 2 + seed % 5, (0.5, 1.0, 3.0)[seed % 3]
+        for wide in _candidates(n, seed):
+            for P in (wide, wide.float()):
+                atol = 8 * n * torch.finfo(P.dtype).eps
+                answer = embed(P, time)
+                answers.append(answer.ok)
+                if answer.ok:
+                    apart = expm(time * answer.generator.double()) - P.double()
+                    assert float(apart.abs().max()) <= 2 * atol, (seed, answer)
+    assert 200 < sum(answers) < len(answers) - 200
+
+
+def test_a_negative_rate_is_not_forgiven_where_it_shows():
+    """P⁻¹ is large, so rounding of P may explain the rate −0.1; zeroing it moves P by 0.01 all the same."""
+    Q = _rows([-0.9, 1.0, -0.1], [1.0, -6.0, 5.0], [1.0, 5.0, -6.0])
+    answer = embed(expm(Q).float())
+    assert (answer.ok, answer.condition, answer.conclusive) == (False, "logarithm", False)
+    assert "off P" in answer.reason
+
+
 WRONG = {
     "batch": (lambda: embed(torch.eye(2).expand(3, 2, 2)), ShapeError, "loop over the batch"),
     "no states": (lambda: embed(torch.zeros(0, 0)), ShapeError, "N ≥ 1"),

@@ -277,7 +277,7 @@ def test_a_learned_point_comes_back_from_an_end(upper, towards):
 def test_points_off_the_manifold_are_named(upper, point, good):
     ok, reason = OpenInterval(upper).check_point_on_manifold(torch.tensor(point), explain=True)
     assert ok is good
-    assert good or reason == f"entries must lie in (0, {upper:g})"
+    assert good or reason == f"entries must lie in (0, {upper:g}); start from a number inside"
 
 
 @pytest.mark.parametrize("upper", [0, -1.0, -math.inf, math.nan])

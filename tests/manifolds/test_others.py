@@ -43,7 +43,7 @@ def test_the_retraction_never_leaves_and_the_exponential_is_folded(dtype):
     [
         ([[0.5, 0.5]], None),
         ([[0.5, 0.75]], "rows must sum to 1, off by 0.25"),
-        ([[1.5, -0.5]], "entries must be positive, got -0.5"),
+        ([[1.5, -0.5]], "entries must be positive, got -0.5; start from positive entries"),
         ([[math.nan, 1.0]], "entries must be finite, got NaN or inf"),
         ([0.5, 0.5], "'x' must have shape (..., N, M) with M ≥ 1, got (2,)"),
     ],

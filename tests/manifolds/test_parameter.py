@@ -18,7 +18,25 @@ from torch import nn
 
 from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError
 from liegroup_attn.lightning import build_optimizer
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, declared, hold, off_manifold, restore
+from liegroup_attn.manifolds import (
+    DoublyBalancedRateMatrices,
+    FlatRateMatrices,
+    ManifoldParameter,
+    ManifoldTensor,
+    OpenInterval,
+    PositiveVectors,
+    RateMatrices,
+    ReversibleRateMatrices,
+    SpecialOrthogonal,
+    StochasticMatrices,
+    banded_support,
+    block_support,
+    causal_support,
+    declared,
+    hold,
+    off_manifold,
+    restore,
+)
 
 
 class Place(NamedTuple):
@@ -102,12 +120,43 @@ def test_half_precision_rounding_is_no_news(place):
         hold(nn.Module(), "point", place.on.bfloat16(), place.manifold)
 
 
-def test_what_is_registered_is_on_the_manifold_even_when_rounding_was_all():
-    """0 is not in (0, 4), and 5e-14 away from it."""
+RATES = torch.tensor([[-1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+EDGES = {
+    "rates": (RateMatrices(3), RATES, "leave the transition out of the support, or use FlatRateMatrices"),
+    "reversible": (ReversibleRateMatrices(3), RATES, "start from a positive rate"),
+    "balanced": (DoublyBalancedRateMatrices(3), RATES, "start from a positive rate"),
+    "positive": (PositiveVectors(), torch.tensor([1.0, 0.0]), "start from a number inside"),
+    "interval": (OpenInterval(4.0), torch.tensor([0.0, 4.0]), "start from a number inside"),
+    "stochastic": (StochasticMatrices(), torch.tensor([[1.0, 0.0]]), "start from positive entries"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("edge", EDGES)
+def test_zeros_that_no_step_would_move_are_told(edge, dtype):
+    """Next to nothing away from a point of the manifold, but never to leave."""
+    manifold, point, remedy = EDGES[edge]
     module = nn.Module()
+    with pytest.warns(UserWarning, match=f"x: expected a point of .* off; it was projected, .*: .*{remedy}"):
+        hold(module, "x", point.to(dtype), manifold)
+    assert dtype == torch.bfloat16 or manifold.check_point_on_manifold(module.x)
+    with pytest.warns(UserWarning, match=f"x: .*{remedy}"):
+        module.load_state_dict({"x": point.to(dtype)})
     with silent():
-        hold(module, "time", torch.tensor([0.0, 4.0]), OpenInterval(4.0))
-    assert module.time.manifold.check_point_on_manifold(module.time)
+        hold(nn.Module(), "x", RATES, FlatRateMatrices(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_was_trained_loads_in_silence(edge, dtype, assign):
+    manifold, point, _ = EDGES[edge]
+    shape = (2, 3, 3) if point.shape == (3, 3) else (2, *point.shape)
+    module = nn.Module()
+    torch.manual_seed(0)
+    with silent():
+        hold(module, "x", manifold.random(*shape), manifold)
+        module.load_state_dict({"x": module.x.detach().to(dtype)}, assign=assign)
 
 
 @places
@@ -235,6 +284,38 @@ def test_built_on_the_meta_device():
     assert module.axis.tolist() == pytest.approx([0.0, 0.6, 0.8])
 
 
+META = {
+    "rates": lambda: RateMatrices(3),
+    "causal": lambda: RateMatrices(3, causal_support(3)),
+    "banded": lambda: FlatRateMatrices(3, banded_support(3, 1)),
+    "blocks": lambda: ReversibleRateMatrices(3, block_support([2, 1])),
+    "reversible": lambda: ReversibleRateMatrices(3),
+    "balanced": lambda: DoublyBalancedRateMatrices(3),
+    "flat": lambda: FlatRateMatrices(3),
+    "stochastic": StochasticMatrices,
+    "positive": PositiveVectors,
+    "interval": lambda: OpenInterval(2.0),
+    "rotations": lambda: SpecialOrthogonal(3),
+}
+
+
+@pytest.mark.parametrize("family", META)
+def test_families_are_built_on_the_meta_device(family):
+    with torch.device("meta"):
+        module = nn.Module()
+        manifold = META[family]()
+        hold(module, "Q", torch.empty(3, 3), manifold)
+        assert manifold.projx(torch.empty(2, 3, 3)).is_meta
+    assert module.Q.is_meta
+    point = META[family]().random(3, 3)
+    module.to_empty(device="cpu").load_state_dict({"Q": point})
+    assert restore(module) in ([], ["Q"])
+    assert type(module.Q) is ManifoldParameter
+    assert torch.equal(module.Q, point)
+    step = torch.zeros_like(module.Q).detach()
+    torch.testing.assert_close(module.Q.manifold.retr(module.Q.detach(), step), point.as_subclass(torch.Tensor))
+
+
 # what is loaded
 
 loads = pytest.mark.parametrize("assign", [False, True])
@@ -288,6 +369,21 @@ def test_other_faults_are_torchs():
         root.load_state_dict(nn.Sequential(nn.Linear(2, 2)).state_dict())
     with pytest.raises(RuntimeError, match=r"expected torch\.Tensor"):
         root.load_state_dict({**root.state_dict(), NAME: [0.6, 0.8]})
+
+
+@places
+@loads
+def test_tensors_of_other_manifolds_are_numbers_like_others(place, assign):
+    root = holder(place)
+    state = {**root.state_dict(), NAME: ManifoldTensor(place.off.clone(), manifold=geoopt.Euclidean())}
+    with pytest.warns(UserWarning, match=rf"{NAME}: expected a point of .*, got one that is {place.distance:.2g} off"):
+        root.load_state_dict(state, assign=assign)
+    assert_held(root, place)
+    point = place.manifold.random(*place.on.shape)
+    with silent():
+        root.load_state_dict({**root.state_dict(), NAME: point}, assign=assign)
+    assert torch.equal(root[1][0].point, point)
+    assert_held(root, place)
 
 
 def test_a_parameter_of_another_manifold_leaves_it_behind():

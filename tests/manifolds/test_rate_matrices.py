@@ -81,8 +81,9 @@ def test_steps_look_at_rates_only(family, dtype):
     assert torch.equal(m.retr(x, u + torch.full((4,), 1e6, dtype=dtype).diag()), m.retr(x, u))
 
 
-def test_no_state_of_a_caller_is_written():
-    m = RateMatrices(4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_state_of_a_caller_is_written(family):
+    m = family(4)
     x, u, v, y = plain(m.random(4, 4)), torch.randn(4, 4), torch.randn(4, 4), plain(m.random(4, 4))
     before = [t.clone() for t in (x, u, v, y)]
     for verb, arguments in {
@@ -97,9 +98,35 @@ def test_no_state_of_a_caller_is_written():
         "component_inner": (x, u, v),
         "chart": (x,),
         "from_chart": (u,),
+        "push": (x, u),
+        "lift": (x, u),
+        "chart_gradient": (x, u),
+        "difference": (x, y),
+        "move": (x, u),
     }.items():
-        getattr(m, verb)(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip((x, u, v, y), before, strict=True)), verb
+        for grad_mode in (True, False):
+            if grad_mode or verb != "move":  # what an optimizer calls may use up its step
+                with torch.set_grad_enabled(grad_mode):
+                    getattr(m, verb)(*arguments)
+                assert all(torch.equal(a, b) for a, b in zip((x, u, v, y), before, strict=True)), verb
+
+
+@pytest.mark.parametrize("verb", ["retr", "expmap", "egrad2rgrad", "move", "lift", "push"])
+@pytest.mark.parametrize("family", [RateMatrices, FlatRateMatrices, ReversibleRateMatrices])
+def test_verbs_go_through_functional_transforms(family, verb):
+    m = family(4, banded_support(4, 1))
+    x, u = plain(m.random(3, 4, 4, dtype=torch.float64)), torch.randn(3, 4, 4, dtype=torch.float64)
+    u, step = m.proju(x, u), getattr(m, verb)
+
+    def loss(x: Tensor, u: Tensor, map_items: bool) -> Tensor:
+        return (torch.func.vmap(step)(x, u) if map_items else step(x, u)).sin().sum()
+
+    for argument in (0, 1):
+        got, expected = (torch.func.grad(loss, argnums=argument)(x, u, mapped) for mapped in (True, False))
+        torch.testing.assert_close(got, expected)
+        leaves = [t.clone().requires_grad_() for t in (x, u)]
+        (usual,) = torch.autograd.grad(loss(*leaves, False), leaves[argument], materialize_grads=True)
+        torch.testing.assert_close(got, usual)
 
 
 @pytest.mark.parametrize("support", SUPPORTS.values(), ids=SUPPORTS)
@@ -136,6 +163,19 @@ def test_the_ends_are_finite(dtype, step):
     gradient = m.egrad2rgrad(end, torch.full((3, 3), 0.1, dtype=dtype).tril(-1))
     for value in (gradient, m.component_inner(end, gradient), m.dist(x, end), m.transp(end, x, gradient)):
         assert value.isfinite().all()
+
+
+HALVES = [(family, torch.bfloat16) for family in FAMILIES] + [(f, torch.float16) for f in FAMILIES[:2]]
+
+
+@pytest.mark.parametrize(("family", "dtype"), HALVES)
+def test_half_precision_stays_half(family, dtype):
+    m = family(4)
+    x, u = m.projx(torch.rand(2, 4, 4).to(dtype)), torch.randn(2, 4, 4).to(dtype)
+    u = m.proju(x, u)
+    for value in (x, u, m.retr(x, u), m.egrad2rgrad(x, u), m.random(4, 4, dtype=dtype)):
+        assert value.dtype == dtype
+    assert float(off_manifold(x, m)) <= 2 * torch.finfo(dtype).eps
 
 
 # supports
@@ -223,6 +263,10 @@ def test_a_balance_out_of_reach_says_so(monkeypatch):
 # reasons
 
 GOOD = torch.tensor([[-2.0, 1.0, 1.0], [1.0, -1.5, 0.5], [1.0, 1.0, -2.0]])
+NOT_POSITIVE = (
+    "rates on the support must be positive, got {}; start from a positive rate, leave the transition out of the support, "
+    "or use FlatRateMatrices"
+)
 
 
 def changed(i: int, j: int, value: float) -> Tensor:
@@ -236,8 +280,9 @@ def changed(i: int, j: int, value: float) -> Tensor:
         (RateMatrices(3), changed(0, 0, -1.0), "rows must sum to 0, off by 1"),
         (RateMatrices(3), changed(0, 0, math.nan), "entries must be finite, got NaN or inf"),
         (RateMatrices(3), changed(2, 0, math.inf), "entries must be finite, got NaN or inf"),
-        (RateMatrices(2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), "rates on the support must be positive, got -1"),
-        (RateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), "rates on the support must be positive, got 0"),
+        (RateMatrices(2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), NOT_POSITIVE.format(-1)),
+        (RateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), NOT_POSITIVE.format(0)),
+        (RateMatrices(2), torch.tensor([[9.0, 0.0], [1.0, -1.0]]), NOT_POSITIVE.format(0)),
         (RateMatrices(3, causal_support(3)), GOOD, "entries off the support must be 0, off by 1"),
         (RateMatrices(2), GOOD, "'x' must have shape (..., 2, 2), got (3, 3)"),
         (FlatRateMatrices(2), torch.tensor([[0.0, 0.0], [1.0, -1.0]]), None),
@@ -360,3 +405,38 @@ def test_balance_is_found_from_afar(std, support):
     x = plain(m.random(5, 12, 12, dtype=torch.float64, std=std))
     exits = x.diagonal(dim1=-2, dim2=-1).abs()
     assert (x.sum(-2).abs() <= 1e-12 * exits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", [DoublyBalancedRateMatrices, ReversibleRateMatrices])
+def test_projection_keeps_what_passes_the_check(family, dtype):
+    """Symmetric rates, reversible and balanced as they are, with whatever size and spread."""
+    m, passed = family(4), []
+    off = ~torch.eye(4, dtype=torch.bool)
+    for seed in range(200):
+        logs = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        logs = (seed % 5) * (logs + logs.mT) + 2.0 * (seed % 19 - 9)
+        x = logs.exp().masked_fill(~off, 0).to(dtype)
+        x = x - torch.diag(x.sum(-1))
+        passed.append(m.check_point_on_manifold(x))
+        near = m.projx(x)
+        assert torch.allclose(near[off], x[off], rtol=1e-4, atol=0) == passed[-1], seed
+        assert m.check_point_on_manifold(near, explain=True) == (True, None)
+        if passed[-1]:
+            torch.testing.assert_close(m.retr(x, torch.zeros_like(x)), near)
+    assert 50 < sum(passed) < 200 or family is ReversibleRateMatrices
+
+
+def test_a_rate_out_of_reach_is_named():
+    x = torch.tensor([[0.0, 1e-18, 1.0], [1e-18, 0.0, 1e18], [1.0, 1e18, 0.0]])
+    ok, reason = ReversibleRateMatrices(3).check_point_on_manifold(x - torch.diag(x.sum(-1)), explain=True)
+    assert not ok
+    assert "coordinates, logarithms of rates, must be within reach, ±40, off by" in reason
+
+
+def test_a_common_factor_is_in_reach():
+    m = DoublyBalancedRateMatrices(4)
+    x = plain(m.random(4, 4, dtype=torch.float64, std=2.0))
+    for factor in (1e-7, 1e-3, 1e5):
+        torch.testing.assert_close(m.projx(factor * x), factor * x)
+        assert m.check_point_on_manifold(factor * x, explain=True) == (True, None)
