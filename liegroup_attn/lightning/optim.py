@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import geoopt
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from liegroup_attn.manifolds import FlatManifold, ManifoldParameter
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
+_EUCLIDEAN = geoopt.Euclidean()
+_MOMENTA = {"exp_avg", "momentum_buffer"}
 _REMEDIES = {
     "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
     "decoupled_weight_decay": "geoopt does not heed it; use decay, which is decoupled",
@@ -26,21 +28,38 @@ _REMEDIES = {
 class _Decoupled(geoopt.optim.mixin.OptimMixin):
     """What both Riemannian optimizers share: decoupled decay, and refusing what geoopt would silently ignore."""
 
-    _decay = 0.0
     _own: str  # an option that only this optimizer's groups have
+    _ours: Mapping[str, Any] = {}  # defaults that torch's constructor does not know; a copy has them in its defaults
+    _stabilize: int | None = None  # geoopt's, for the same
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
+        self.defaults.update(self._ours)
         _refuse_ignored(self.defaults | param_group)
-        param_group.setdefault("decay", self._decay)
+        param_group.setdefault("stabilize", self.defaults["stabilize"])
         super().add_param_group(param_group)
         if param_group["decay"] and any(isinstance(p, ManifoldParameter) for p in param_group["params"]):
             raise ValueError(
                 f"decay: expected 0 for parameters on a manifold, got {param_group['decay']}; put them in a group of their own"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, a pickle or a loaded state: ``step`` is an integer, momenta on flat manifolds are chart vectors."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for point in group["params"]:
+                own = self.state.get(point, {})
+                if "step" in own:
+                    own["step"] = int(own["step"])
+                if "chart" not in group and isinstance(_manifold(point), FlatManifold):
+                    own |= {name: _manifold(point).push(point.detach(), own[name]) for name in _MOMENTA & own.keys()}
+            group["chart"] = True
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping ``step`` an integer so that a resumed run is bitwise the uninterrupted one."""
+        """Load, so that a resumed run is bitwise the uninterrupted one.
+
+        States of before momenta were chart vectors are converted, at the values of the parameters: load those first.
+        """
         for group in state_dict["param_groups"]:
             if missing := [name for name in ("decay", self._own) if name not in group]:
                 raise ValueError(
@@ -49,9 +68,6 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
                 )
             _refuse_ignored(group)
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = int(state["step"])
 
     @torch.no_grad()
     def stabilize_group(self, group: dict[str, Any]) -> None:
@@ -78,6 +94,28 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
                     if parameter.grad is not None:
                         parameter.mul_(1 - group["lr"] * group["decay"])
         return loss
+
+
+def _manifold(point: Tensor) -> geoopt.Manifold:
+    return point.manifold if isinstance(point, ManifoldParameter) else _EUCLIDEAN
+
+
+def _gradient(manifold: geoopt.Manifold, point: Tensor) -> Tensor:
+    """In the chart of a flat manifold, which is an isometry, elsewhere the Riemannian one."""
+    flat = isinstance(manifold, FlatManifold)
+    return (manifold.chart_gradient if flat else manifold.egrad2rgrad)(point, point.grad)
+
+
+def _go(manifold: geoopt.Manifold, point: Tensor, step: Tensor, momentum: Tensor | None = None) -> None:
+    """Move a point, and its momentum with it; in a chart transport leaves momenta as they are. ``step`` is used up."""
+    if isinstance(manifold, FlatManifold):
+        point.copy_(manifold.move(point, step))
+    elif momentum is None:
+        point.copy_(manifold.retr(point, step))
+    else:
+        there, carried = manifold.retr_transp(point, step, momentum)
+        point.copy_(there)
+        momentum.copy_(carried)
 
 
 def _refuse_ignored(group: dict[str, Any]) -> None:
@@ -110,7 +148,7 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         betas: as in Adam.
         eps: as in Adam.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
-        stabilize: project manifold parameters every so many steps; in float32 rotations drift by some 1e-7 per step.
+        stabilize: project manifold parameters every so many steps, None never; in float32 rotations drift by some 1e-7 per step.
         **options: refused by name: ``amsgrad``, ``maximize``, ``foreach``, ``fused``, ``weight_decay`` …
 
     Raises:
@@ -128,12 +166,12 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay: float = 0.0,
-        stabilize: int = 5,
+        stabilize: int | None = 5,
         **options: Any,
     ) -> None:
         _refuse_ignored(options)
-        self._decay = decay
-        super().__init__(params, lr=lr, betas=betas, eps=eps, stabilize=stabilize, **options)
+        self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,36 +183,29 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
                 self.stabilize_group(group)
         return loss
 
-    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> int:
+    def _move(self, point: Tensor, group: dict[str, Any]) -> int:
         """One parameter, in place where it can be: beside temporaries the arithmetic is cheap. Gives its steps so far."""
-        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
-        state, (beta1, beta2) = self.state[point], group["betas"]
+        manifold, state, (beta1, beta2) = _manifold(point), self.state[point], group["betas"]
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(point), "exp_avg_sq": torch.zeros_like(point)}
         state["step"] += 1
         mean, square = state["exp_avg"], state["exp_avg_sq"]
+        gradient = _gradient(manifold, point)
         flat = manifold if isinstance(manifold, FlatManifold) else None
-        # In an isometric chart a gradient is a gradient, and transport leaves the momentum as it is.
-        gradient = (flat.chart_gradient if flat else manifold.egrad2rgrad)(point, point.grad)  # type: ignore[arg-type]
         squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).add_(squares, alpha=1 - beta2)
         size = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
-        if flat:
-            point.copy_(flat.move(point, step))
-        else:
-            there, carried = manifold.retr_transp(point, step, mean)
-            point.copy_(there)
-            mean.copy_(carried)
+        _go(manifold, point, step, mean)
         return state["step"]
 
 
 class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
     """Riemannian SGD with momentum and decoupled weight decay; on free parameters it is ``torch.optim.SGD``.
 
-    Momentum is a tangent vector and is transported along with the point. It starts as the first gradient, as in torch;
-    geoopt's starts (1 + momentum − dampening) times as large, and with a Euclidean gradient.
+    Momentum is a chart vector on a ``FlatManifold``; elsewhere it is a tangent vector and transported along with the
+    point. It starts as the first gradient, as in torch; geoopt's starts (1 + momentum − dampening) times as large, and with a Euclidean gradient.
 
     Args:
         params: parameters or groups; ``decay`` per group is the decoupled weight decay.
@@ -183,7 +214,7 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         dampening: the new gradient enters with 1 − dampening.
         nesterov: look ahead; needs momentum and no dampening.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
-        stabilize: project manifold parameters every so many steps; in float32 rotations drift by some 1e-7 per step.
+        stabilize: project manifold parameters every so many steps, None never; in float32 rotations drift by some 1e-7 per step.
         **options: refused by name: ``maximize``, ``foreach``, ``fused``, ``differentiable``, ``weight_decay``.
 
     Raises:
@@ -210,14 +241,12 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         dampening: float = 0.0,
         nesterov: bool = False,
         decay: float = 0.0,
-        stabilize: int = 5,
+        stabilize: int | None = 5,
         **options: Any,
     ) -> None:
         _refuse_ignored(options)
-        self._decay = decay
-        super().__init__(
-            params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, stabilize=stabilize, **options
-        )
+        self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -232,11 +261,11 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
                 self.stabilize_group(group)
         return loss
 
-    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> None:
-        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
-        gradient, momentum, state = manifold.egrad2rgrad(point, point.grad), group["momentum"], self.state[point]
+    def _move(self, point: Tensor, group: dict[str, Any]) -> None:
+        manifold, momentum, state = _manifold(point), group["momentum"], self.state[point]
+        gradient = _gradient(manifold, point)
         if not momentum:
-            point.copy_(manifold.retr(point, -group["lr"] * gradient))
+            _go(manifold, point, -group["lr"] * gradient)
             return
         if "momentum_buffer" in state:
             state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
@@ -244,9 +273,7 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
             state["momentum_buffer"] = gradient.clone()
         velocity = state["momentum_buffer"]
         direction = gradient + momentum * velocity if group["nesterov"] else velocity
-        there, carried = manifold.retr_transp(point, -group["lr"] * direction, velocity)
-        point.copy_(there)
-        velocity.copy_(carried)
+        _go(manifold, point, -group["lr"] * direction, velocity)
 
 
 def is_riemannian(optimizer: Optimizer) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import geoopt
 import pytest
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, hold
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, RateMatrices, hold
 from liegroup_attn.nn import LieAttention, Transformer
 
 
@@ -152,6 +155,34 @@ def test_on_a_sphere_it_finds_an_eigenvector(options):
         (-(x @ matrix @ x)).backward()
         optimizer.step()
     torch.testing.assert_close(x.detach().abs(), torch.tensor([1.0, 0, 0], dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+class Stormy(NamedTuple):
+    """Gradients under which momentum as a tangent vector overflows."""
+
+    n: int
+    gradients: list[torch.Tensor]
+
+
+STORMY = {
+    "to and fro": Stormy(2, [torch.tensor([[0.0, s], [0.0, 0.0]]) for s in (-50.0, 50.0) * 3]),
+    "gusts": Stormy(
+        6,
+        [torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) * (1.0 if i % 7 else 10.0) for i in range(60)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STORMY.values(), ids=STORMY)
+def test_momentum_does_not_overflow(case):
+    rates = RateMatrices(case.n)
+    point = ManifoldParameter(rates.projx(torch.ones(case.n, case.n)), manifold=rates)
+    optimizer = RiemannianSGD([point], lr=1.0, momentum=0.9)
+    for gradient in case.gradients:
+        point.grad = gradient
+        optimizer.step()
+        assert optimizer.state[point]["momentum_buffer"].isfinite().all()
+        assert rates.check_point_on_manifold(point)
 
 
 @sgds
@@ -416,6 +447,73 @@ def test_a_loaded_state_dict_is_not_changed():
     RiemannianAdamW(module.parameters()).load_state_dict(state)
     assert state["state"][0]["step"] == 3
     assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+class Earlier(NamedTuple):
+    """An optimizer whose momenta once were tangent vectors."""
+
+    new: Callable[..., torch.optim.Optimizer]
+    momentum: str
+
+
+EARLIER = {
+    "Adam": Earlier(partial(RiemannianAdamW, lr=0.1), "exp_avg"),
+    "SGD": Earlier(partial(RiemannianSGD, lr=0.01, momentum=0.9), "momentum_buffer"),
+}
+
+
+def points(new: Callable[..., torch.optim.Optimizer]) -> tuple[nn.ParameterDict, torch.optim.Optimizer]:
+    """On a flat manifold, on another, and free."""
+    generator = torch.Generator().manual_seed(0)
+    rates = RateMatrices(3).projx(1 + torch.rand(3, 3, generator=generator, dtype=torch.float64))
+    held = nn.ParameterDict({"free": nn.Parameter(torch.ones(2, dtype=torch.float64))})
+    held["rates"] = ManifoldParameter(rates, manifold=RateMatrices(3))
+    held["frame"] = ManifoldParameter(torch.eye(4, dtype=torch.float64)[:, :2].clone(), manifold=geoopt.Stiefel())
+    return held, new(held.parameters())
+
+
+def pull(held: nn.ParameterDict, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((point - torch.arange(point.numel()).view_as(point)).square().sum() for point in held.values()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", EARLIER.values(), ids=EARLIER)
+@pytest.mark.parametrize("marked", [True, False])
+def test_momenta_that_were_tangent_vectors_are_converted(case, marked):
+    (held, one), (again, two) = points(case.new), points(case.new)
+    pull(held, one, 5)
+    state = copy.deepcopy(one.state_dict())
+    if not marked:
+        for index, name in enumerate(held):
+            if name == "rates":
+                own = state["state"][index]
+                own[case.momentum] = RateMatrices(3).lift(held["rates"].detach(), own[case.momentum].clone())
+        for group in state["param_groups"]:
+            del group["chart"]
+    again.load_state_dict(held.state_dict())
+    two.load_state_dict(state)
+    assert all(group["chart"] for group in two.param_groups)
+    for optimizer, module in ((one, held), (two, again)):
+        pull(module, optimizer, 5)
+    for name in held:
+        torch.testing.assert_close(held[name].detach(), again[name].detach(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", EARLIER.values(), ids=EARLIER)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_continues_bitwise(case, way):
+    held, optimizer = points(partial(case.new, stabilize=3))
+    pull(held, optimizer, 5)
+    again, second = way([held, optimizer])
+    for module, own in ((held, optimizer), (again, second)):
+        pull(module, own, 8)
+        own.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        assert {group["stabilize"] for group in own.param_groups} == {3}
+        assert {type(state["step"]) for state in own.state.values() if "step" in state} <= {int}
+    for name in held:
+        assert torch.equal(held[name], again[name]), name
 
 
 # schedule
