@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from liegroup_attn.errors import DtypeError, GeneratorError
 from liegroup_attn.lightning.optim import is_riemannian
-from liegroup_attn.manifolds import ManifoldParameter, declared, off_manifold, restore
+from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, declared, off_manifold, restore
 
 __all__ = ["ManifoldGuard"]
 
@@ -126,7 +126,7 @@ def checked(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Manifol
         DtypeError: half precision.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    wanted = declared(module) | {n: p.manifold for n, p in parameters.items() if isinstance(p, ManifoldParameter)}
+    wanted = declared(module) | {n: p.manifold for n, p in parameters.items() if isinstance(p, ManifoldTensor)}
     for name, manifold in wanted.items():
         parameter = parameters.get(name)
         if not isinstance(parameter, ManifoldParameter):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from liegroup_attn.manifolds import FlatManifold, ManifoldParameter
+from liegroup_attn.manifolds import FlatManifold, ManifoldTensor
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
@@ -38,7 +38,7 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         _refuse_ignored(self.defaults | param_group)
         param_group.setdefault("stabilize", self.defaults["stabilize"])
         super().add_param_group(param_group)
-        if param_group["decay"] and any(isinstance(p, ManifoldParameter) for p in param_group["params"]):
+        if param_group["decay"] and any(isinstance(p, ManifoldTensor) for p in param_group["params"]):
             raise ValueError(
                 f"decay: expected 0 for parameters on a manifold, got {param_group['decay']}; put them in a group of their own"
             )
@@ -77,7 +77,7 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         manifold is no projection but doubles what of them lies in the span of the frame.
         """
         for point in group["params"]:
-            if isinstance(point, ManifoldParameter):
+            if isinstance(point, ManifoldTensor):
                 point.proj_()
 
     def _begin(self, closure: Callable[[], Any] | None) -> Any:
@@ -97,7 +97,7 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
 
 
 def _manifold(point: Tensor) -> geoopt.Manifold:
-    return point.manifold if isinstance(point, ManifoldParameter) else _EUCLIDEAN
+    return point.manifold if isinstance(point, ManifoldTensor) else _EUCLIDEAN
 
 
 def _gradient(manifold: geoopt.Manifold, point: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         ValueError: decay on a parameter that lives on a manifold; an option that would be ignored.
 
     Example:
-        >>> x = ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())
+        >>> x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())
         >>> optimizer = RiemannianSGD([x], lr=1.0)
         >>> x.grad = torch.tensor([5.0, -1.0])
         >>> optimizer.step()
