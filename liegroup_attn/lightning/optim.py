@@ -276,6 +276,20 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         _go(manifold, point, -group["lr"] * direction, velocity)
 
 
+def is_narrow(point: ManifoldTensor) -> bool:
+    """Whether a point is in half precision, where decompositions do not run and points drift."""
+    return point.dtype not in (torch.float32, torch.float64)
+
+
+def too_narrow(name: str, point: ManifoldTensor) -> str:
+    """What to say of a point in half precision."""
+    precision = "16-true" if point.dtype == torch.float16 else "bf16-true"
+    return (
+        f"{name}: expected float32 or float64 on {point.manifold}, got {point.dtype}; train with "
+        f'Trainer(plugins=ManifoldPrecision("{precision}"))'
+    )
+
+
 def is_riemannian(optimizer: Optimizer) -> bool:
     """Whether an optimizer moves manifold parameters along their manifolds: one of ours or of geoopt's."""
     return isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
