@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from liegroup_attn.errors import DtypeError
 from liegroup_attn.manifolds import FlatManifold, ManifoldTensor
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
@@ -38,10 +39,11 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         _refuse_ignored(self.defaults | param_group)
         param_group.setdefault("stabilize", self.defaults["stabilize"])
         super().add_param_group(param_group)
-        if param_group["decay"] and any(isinstance(p, ManifoldTensor) for p in param_group["params"]):
-            raise ValueError(
-                f"decay: expected 0 for parameters on a manifold, got {param_group['decay']}; put them in a group of their own"
-            )
+        try:
+            _check_group(param_group)  # after: torch makes a list of whatever the parameters come in
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, a pickle or a loaded state: ``step`` is an integer, momenta on flat manifolds are chart vectors."""
@@ -60,13 +62,16 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
 
         States of before momenta were chart vectors are converted, at the values of the parameters: load those first.
         """
-        for group in state_dict["param_groups"]:
+        for group, own in zip(
+            state_dict["param_groups"], self.param_groups, strict=False
+        ):  # torch refuses other numbers
             if missing := [name for name in ("decay", self._own) if name not in group]:
                 raise ValueError(
                     f"state_dict: expected the groups of {type(self).__name__}, got some without {missing[0]}; it is the "
                     "state of another optimizer, load it there"
                 )
             _refuse_ignored(group)
+            _check_group(group | {"params": own["params"]})
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -89,10 +94,12 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moving:
+                _check_step(parameter)
             if group["decay"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.mul_(1 - group["lr"] * group["decay"])
+                for parameter in moving:
+                    parameter.mul_(1 - group["lr"] * group["decay"])
         return loss
 
 
@@ -116,6 +123,28 @@ def _go(manifold: geoopt.Manifold, point: Tensor, step: Tensor, momentum: Tensor
         there, carried = manifold.retr_transp(point, step, momentum)
         point.copy_(there)
         momentum.copy_(carried)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    decay, stabilize = group["decay"], group.get("stabilize")
+    if not decay >= 0:
+        raise ValueError(f"decay: expected a number ≥ 0, got {decay}; 0 is no decay")
+    if decay and any(isinstance(p, ManifoldTensor) for p in group["params"]):
+        raise ValueError(
+            f"decay: expected 0 for parameters on a manifold, got {decay}; put them in a group of their own"
+        )
+    if stabilize is not None and not stabilize >= 1:
+        raise ValueError(f"stabilize: expected a number of steps ≥ 1 or None, got {stabilize}; None never projects")
+
+
+def _check_step(parameter: Tensor) -> None:
+    if isinstance(parameter, ManifoldTensor) and is_narrow(parameter):
+        raise DtypeError(too_narrow("params", parameter))
+    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        raise ValueError(
+            f"params: expected dense gradients, got one of layout {parameter.grad.layout}; leave out sparse=True of the "
+            "embedding, or give its parameter an optimizer for sparse gradients"
+        )
 
 
 def _refuse_ignored(group: dict[str, Any]) -> None:
@@ -152,7 +181,9 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         **options: refused by name: ``amsgrad``, ``maximize``, ``foreach``, ``fused``, ``weight_decay`` …
 
     Raises:
-        ValueError: decay on a parameter that lives on a manifold; an option that geoopt would ignore.
+        ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that geoopt would
+            ignore; in a step, a sparse gradient.
+        DtypeError: in a step, a parameter on a manifold in half precision.
 
     Source: [Becigneul2019]_, [Loshchilov2019]_, [Kochurov2020]_.
     """
@@ -218,7 +249,9 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         **options: refused by name: ``maximize``, ``foreach``, ``fused``, ``differentiable``, ``weight_decay``.
 
     Raises:
-        ValueError: decay on a parameter that lives on a manifold; an option that would be ignored.
+        ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that would be
+            ignored; in a step, a sparse gradient.
+        DtypeError: in a step, a parameter on a manifold in half precision.
 
     Example:
         >>> x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liegroup_attn.errors import DtypeError
 from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
 from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, OpenInterval, RateMatrices, hold
 from liegroup_attn.nn import LieAttention, Transformer
@@ -227,6 +228,53 @@ def test_the_state_of_another_optimizer_is_refused(cls):
     other, option = (RiemannianSGD, "betas") if cls is RiemannianAdamW else (RiemannianAdamW, "momentum")
     with pytest.raises(ValueError, match=f"got some without {option}; it is the state of another optimizer"):
         cls(module.parameters()).load_state_dict(other(module.parameters()).state_dict())
+
+
+WRONG = {
+    "stabilize": (0, r"stabilize: expected a number of steps ≥ 1 or None, got 0; None never projects"),
+    "decay": (-1.0, r"decay: expected a number ≥ 0, got -1.0; 0 is no decay"),
+    "decay on a manifold": (0.1, r"decay: expected 0 for parameters on a manifold, got 0.1; put them"),
+}
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_refused_and_nothing_is_changed(cls, case):
+    (value, message), option = WRONG[case], case.split()[0]
+
+    def point() -> ManifoldParameter:
+        return ManifoldParameter(torch.tensor([0.6, 0.8]), manifold=geoopt.Sphere())
+
+    with pytest.raises(ValueError, match=message):
+        cls([point()], **{option: value})
+    optimizer = cls([point()])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": (p for p in [point()]), option: value})
+    assert len(optimizer.param_groups) == 1
+    state = optimizer.state_dict()
+    state["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0][option] != value
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+def test_sparse_gradients_are_refused(cls):
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"params: expected dense gradients, got one of layout torch\.sparse_coo; leave"
+    ):
+        cls(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, "16-true"), (torch.bfloat16, "bf16-true")])
+def test_points_in_half_precision_are_refused(cls, dtype, precision):
+    point = ManifoldParameter(torch.tensor([0.5, 0.5], dtype=dtype), manifold=OpenInterval(2.0))
+    point.grad = torch.ones_like(point)
+    with pytest.raises(DtypeError, match=rf'params: expected float32 or float64 .*ManifoldPrecision\("{precision}"'):
+        cls([point]).step()
 
 
 def test_an_option_that_nobody_has():
