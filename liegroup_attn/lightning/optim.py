@@ -223,10 +223,17 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         gradient = _gradient(manifold, point)
         flat = manifold if isinstance(manifold, FlatManifold) else None
-        squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
         mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).add_(squares, alpha=1 - beta2)
-        size = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        square.mul_(beta2)
+        if flat and flat.by_entry:
+            square.addcmul_(gradient, gradient, value=1 - beta2)
+        else:
+            squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
+            square.add_(squares, alpha=1 - beta2)
+        # New memory costs more than the arithmetic, and a gradient by the chart is new and has done its duty.
+        used_up = flat and gradient.data_ptr() != point.grad.data_ptr()  # type: ignore[union-attr]
+        size = torch.div(square, 1 - beta2 ** state["step"], out=gradient if used_up else None)
+        size.sqrt_().add_(group["eps"])
         step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
         _go(manifold, point, step, mean)
         return state["step"]

@@ -10,7 +10,7 @@ import torch
 from manifold_cases import ROWS, Case
 
 from liegroup_attn.lightning import RiemannianAdamW, RiemannianSGD
-from liegroup_attn.manifolds import ManifoldParameter, SpecialOrthogonal, off_manifold
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, SpecialOrthogonal, off_manifold
 
 # Adam's size of a step is then neither the sign of the gradient nor the gradient itself.
 EPS = 0.3
@@ -32,6 +32,41 @@ def test_adam_takes_geoopts_steps(name):
     ours = walk(case, partial(RiemannianAdamW, eps=EPS, stabilize=None))
     theirs = walk(case, partial(geoopt.optim.RiemannianAdam, eps=EPS))
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, partial(RiemannianSGD, momentum=0.9)])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_step_does_not_change_the_gradient(cls, name):
+    """It may go on being accumulated."""
+    case = Case(name, "float64", seed=5)
+    point = ManifoldParameter(case.x.clone(), manifold=case.manifold)
+    point.grad = case.wild.clone()
+    optimizer = cls([point], lr=0.03)
+    for _ in range(2):
+        optimizer.step()
+        assert torch.equal(point.grad, case.wild)
+
+
+class Line(OpenInterval):
+    """The chart is the identity, so the gradient by the chart is no new tensor."""
+
+    def move(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x + c
+
+    def chart_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def test_a_chart_that_is_the_identity_is_adam():
+    one, two = ManifoldParameter(torch.ones(3), manifold=Line()), torch.nn.Parameter(torch.ones(3))
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    one.grad, two.grad = gradient.clone(), gradient.clone()
+    optimizers = RiemannianAdamW([one], lr=0.1, stabilize=None), torch.optim.Adam([two], lr=0.1)
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(one.grad, gradient)
+    torch.testing.assert_close(one.detach(), two.detach())
 
 
 @pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
