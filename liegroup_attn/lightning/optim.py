@@ -62,9 +62,8 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
 
         States of before momenta were chart vectors are converted, at the values of the parameters: load those first.
         """
-        for group, own in zip(
-            state_dict["param_groups"], self.param_groups, strict=False
-        ):  # torch refuses other numbers
+        # Not strict: torch refuses another number of groups.
+        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
             if missing := [name for name in ("decay", self._own) if name not in group]:
                 raise ValueError(
                     f"state_dict: expected the groups of {type(self).__name__}, got some without {missing[0]}; it is the "
@@ -93,13 +92,12 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in moving:
-                _check_step(parameter)
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in moving:
+            _check_step(parameter, parameter.grad)
+        for parameter, group in moving:
             if group["decay"]:
-                for parameter in moving:
-                    parameter.mul_(1 - group["lr"] * group["decay"])
+                parameter.mul_(1 - group["lr"] * group["decay"])
         return loss
 
 
@@ -137,12 +135,12 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"stabilize: expected a number of steps ≥ 1 or None, got {stabilize}; None never projects")
 
 
-def _check_step(parameter: Tensor) -> None:
+def _check_step(parameter: Tensor, gradient: Tensor) -> None:
     if isinstance(parameter, ManifoldTensor) and is_narrow(parameter):
         raise DtypeError(too_narrow("params", parameter))
-    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+    if gradient.layout != torch.strided:
         raise ValueError(
-            f"params: expected dense gradients, got one of layout {parameter.grad.layout}; leave out sparse=True of the "
+            f"params: expected dense gradients, got one of layout {gradient.layout}; leave out sparse=True of the "
             "embedding, or give its parameter an optimizer for sparse gradients"
         )
 
