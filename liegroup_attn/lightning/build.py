@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD
-from liegroup_attn.manifolds import ManifoldParameter, restore
+from liegroup_attn.manifolds import ManifoldTensor, restore
 
 __all__ = ["build_optimizer", "warmup_cosine"]
 
@@ -91,7 +91,7 @@ def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(parameter, ManifoldParameter):
+        if isinstance(parameter, ManifoldTensor):
             on_manifold.append(parameter)
         elif parameter.dim() >= 2 and id(parameter) not in embeddings:
             matrices.append(parameter)

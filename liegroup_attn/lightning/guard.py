@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from liegroup_attn.errors import DtypeError, GeneratorError
-from liegroup_attn.lightning.optim import is_riemannian
-from liegroup_attn.manifolds import ManifoldParameter, declared, off_manifold, restore
+from liegroup_attn.lightning.optim import is_narrow, is_riemannian, too_narrow
+from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, declared, off_manifold, restore
 
 __all__ = ["ManifoldGuard"]
+
+_TOLERANCE = 1e-5  # geoopt's
 
 
 class ManifoldGuard(L.Callback):
@@ -23,13 +27,16 @@ class ManifoldGuard(L.Callback):
 
     When a fit starts, every parameter on a manifold (those made by ``manifolds.hold`` and any other ManifoldParameter) has
     to be a ManifoldParameter in at least float32, and to be, that very object, in a Riemannian optimizer without weight
-    decay. Otherwise the fit is refused with the name of the parameter and the remedy. A gradient with NaN or inf is
-    refused before the step, except under a gradient scaler, which skips such steps by itself.
+    decay. Otherwise the fit is refused with the name of the parameter and the remedy. One that starts off its manifold is
+    projected with a warning; NaN is refused. A gradient with NaN or inf is refused before the step, except under a gradient
+    scaler, which skips such steps by itself. Where gradients are clipped this goes for free parameters too: their NaN
+    would reach all gradients by the norm.
 
     Averages of weights (Lightning's ``StochasticWeightAveraging``, ``WeightAveraging``, ``EMAWeightAveraging``) are off the
-    manifold; they are projected when they are put into the model.
+    manifold; they are projected when they are put into the model. After a validation the averages go on unprojected.
 
-    Cost: one look at the gradients of manifold parameters per step (on a GPU it waits for them).
+    Cost: one look at the gradients of manifold parameters per step, of all when they are clipped (on a GPU it waits for
+    them).
 
     Args:
         every_n_steps: log ``manifold/<name>/distance`` (see ``manifolds.off_manifold``) to every logger, and project,
@@ -48,6 +55,7 @@ class ManifoldGuard(L.Callback):
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}; raise it to look less often")
         self.every_n_steps = every_n_steps
         self._parameters: dict[str, ManifoldParameter] = {}
+        self._averages: dict[str, Tensor] = {}  # unprojected, during a validation
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -59,18 +67,23 @@ class ManifoldGuard(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._parameters = checked(pl_module, trainer.optimizers)
+        for name, parameter in self._parameters.items():
+            _settle(name, parameter)
         self._last_step = trainer.global_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)  # some strategies load the checkpoint after the first time
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if not self._parameters or getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        # Lightning clips after this hook.
+        clipped = trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module)
+        watched = dict(pl_module.named_parameters()) if clipped else self._parameters
+        for name, parameter in watched.items():
+            if not _is_finite(parameter.grad):
                 raise GeneratorError(
-                    f"{name}: expected a finite gradient, got NaN or inf; the step would lose the point on its manifold. "
+                    f"{name}: expected a finite gradient, got NaN or inf; the step would lose the points on manifolds. "
                     "Lower the learning rate or look for the loss that diverged"
                 )
 
@@ -97,12 +110,27 @@ class ManifoldGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         # Here and not when the epoch starts: every callback has then had its turn to put its averages in.
-        if batch_idx == dataloader_idx == 0 and _has(trainer, WeightAveraging):
+        if not self._averages and _has(trainer, WeightAveraging):
+            self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
             self._project()
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._averages:
+            home = self._home_of_averages(trainer, pl_module)
+            for name, average in self._averages.items():
+                home.get_parameter(name).copy_(average)
+            self._averages = {}
+
+    def _home_of_averages(self, trainer: Any, pl_module: L.LightningModule) -> nn.Module:
+        """Where the averages are when a validation ends: an averaging callback before this one has swapped them back."""
+        before = trainer.callbacks[: trainer.callbacks.index(self)]
+        swapped: Any = next((callback for callback in before if isinstance(callback, WeightAveraging)), None)
+        return pl_module if swapped is None else swapped._average_model.module
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._project()  # averages are put in when training ends
-        self._parameters = {}
+        self._parameters, self._averages = {}, {}
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -126,7 +154,7 @@ def checked(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Manifol
         DtypeError: half precision.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    wanted = declared(module) | {n: p.manifold for n, p in parameters.items() if isinstance(p, ManifoldParameter)}
+    wanted = declared(module) | {n: p.manifold for n, p in parameters.items() if isinstance(p, ManifoldTensor)}
     for name, manifold in wanted.items():
         parameter = parameters.get(name)
         if not isinstance(parameter, ManifoldParameter):
@@ -135,11 +163,8 @@ def checked(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Manifol
                 "manifolds.restore(module) before the optimizer is built, and for fully_shard pass "
                 "ignored_params=replicate(module)"
             )
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise DtypeError(
-                f"{name}: expected float32 or float64 on {manifold}, got {parameter.dtype}; train with "
-                'Trainer(plugins=ManifoldPrecision("bf16-true"))'
-            )
+        if is_narrow(parameter):
+            raise DtypeError(too_narrow(name, parameter))
         if parameter.requires_grad and optimizers:
             _check_optimizer(name, parameter, optimizers)
     return {name: parameters[name] for name in wanted}
@@ -161,6 +186,28 @@ def _check_optimizer(name: str, parameter: ManifoldParameter, optimizers: list[O
             raise GeneratorError(
                 f"{name}: expected decay 0 on a manifold, got {decay}; put it in a group of its own, as build_optimizer does"
             )
+
+
+@torch.no_grad()
+def _settle(name: str, parameter: ManifoldParameter) -> None:
+    distance = float(_distance(parameter))
+    if math.isnan(distance):
+        raise GeneratorError(
+            f"{name}: expected a point of {parameter.manifold}, got NaN or inf; start from a point of it"
+        )
+    if distance > _TOLERANCE:
+        rank_zero_warn(
+            f"{name}: expected a point of {parameter.manifold}, got one that is {distance:.2g} off; it was projected, "
+            "make it with manifolds.hold"
+        )
+        parameter.proj_()
+
+
+def _is_finite(gradient: Any) -> bool:
+    if gradient is None:
+        return True
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of a DTensor, this process's part
+    return bool(torch.isfinite(local).all())
 
 
 def _distance(parameter: ManifoldParameter) -> Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import geoopt
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from liegroup_attn.manifolds import FlatManifold, ManifoldParameter
+from liegroup_attn.errors import DtypeError
+from liegroup_attn.manifolds import FlatManifold, ManifoldTensor
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
+_EUCLIDEAN = geoopt.Euclidean()
+_MOMENTA = {"exp_avg", "momentum_buffer"}
 _REMEDIES = {
     "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
     "decoupled_weight_decay": "geoopt does not heed it; use decay, which is decoupled",
@@ -26,32 +29,49 @@ _REMEDIES = {
 class _Decoupled(geoopt.optim.mixin.OptimMixin):
     """What both Riemannian optimizers share: decoupled decay, and refusing what geoopt would silently ignore."""
 
-    _decay = 0.0
     _own: str  # an option that only this optimizer's groups have
+    _ours: Mapping[str, Any] = {}  # defaults that torch's constructor does not know; a copy has them in its defaults
+    _stabilize: int | None = None  # geoopt's, for the same
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
+        self.defaults.update(self._ours)
         _refuse_ignored(self.defaults | param_group)
-        param_group.setdefault("decay", self._decay)
+        param_group.setdefault("stabilize", self.defaults["stabilize"])
         super().add_param_group(param_group)
-        if param_group["decay"] and any(isinstance(p, ManifoldParameter) for p in param_group["params"]):
-            raise ValueError(
-                f"decay: expected 0 for parameters on a manifold, got {param_group['decay']}; put them in a group of their own"
-            )
+        try:
+            _check_group(param_group)  # after: torch makes a list of whatever the parameters come in
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, a pickle or a loaded state: ``step`` is an integer, momenta on flat manifolds are chart vectors."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for point in group["params"]:
+                own = self.state.get(point, {})
+                if "step" in own:
+                    own["step"] = int(own["step"])
+                if "chart" not in group and isinstance(_manifold(point), FlatManifold):
+                    own |= {name: _manifold(point).push(point.detach(), own[name]) for name in _MOMENTA & own.keys()}
+            group["chart"] = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, keeping ``step`` an integer so that a resumed run is bitwise the uninterrupted one."""
-        for group in state_dict["param_groups"]:
+        """Load, so that a resumed run is bitwise the uninterrupted one.
+
+        States of before momenta were chart vectors are converted, at the values of the parameters: load those first.
+        """
+        # Not strict: torch refuses another number of groups.
+        for group, own in zip(state_dict["param_groups"], self.param_groups, strict=False):
             if missing := [name for name in ("decay", self._own) if name not in group]:
                 raise ValueError(
                     f"state_dict: expected the groups of {type(self).__name__}, got some without {missing[0]}; it is the "
                     "state of another optimizer, load it there"
                 )
             _refuse_ignored(group)
+            _check_group(group | {"params": own["params"]})
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = int(state["step"])
 
     @torch.no_grad()
     def stabilize_group(self, group: dict[str, Any]) -> None:
@@ -61,7 +81,7 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         manifold is no projection but doubles what of them lies in the span of the frame.
         """
         for point in group["params"]:
-            if isinstance(point, ManifoldParameter):
+            if isinstance(point, ManifoldTensor):
                 point.proj_()
 
     def _begin(self, closure: Callable[[], Any] | None) -> Any:
@@ -72,12 +92,57 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in moving:
+            _check_step(parameter, parameter.grad)
+        for parameter, group in moving:
             if group["decay"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.mul_(1 - group["lr"] * group["decay"])
+                parameter.mul_(1 - group["lr"] * group["decay"])
         return loss
+
+
+def _manifold(point: Tensor) -> geoopt.Manifold:
+    return point.manifold if isinstance(point, ManifoldTensor) else _EUCLIDEAN
+
+
+def _gradient(manifold: geoopt.Manifold, point: Tensor) -> Tensor:
+    """In the chart of a flat manifold, which is an isometry, elsewhere the Riemannian one."""
+    flat = isinstance(manifold, FlatManifold)
+    return (manifold.chart_gradient if flat else manifold.egrad2rgrad)(point, point.grad)
+
+
+def _go(manifold: geoopt.Manifold, point: Tensor, step: Tensor, momentum: Tensor | None = None) -> None:
+    """Move a point, and its momentum with it; in a chart transport leaves momenta as they are. ``step`` is used up."""
+    if isinstance(manifold, FlatManifold):
+        point.copy_(manifold.move(point, step))
+    elif momentum is None:
+        point.copy_(manifold.retr(point, step))
+    else:
+        there, carried = manifold.retr_transp(point, step, momentum)
+        point.copy_(there)
+        momentum.copy_(carried)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    decay, stabilize = group["decay"], group.get("stabilize")
+    if not decay >= 0:
+        raise ValueError(f"decay: expected a number ≥ 0, got {decay}; 0 is no decay")
+    if decay and any(isinstance(p, ManifoldTensor) for p in group["params"]):
+        raise ValueError(
+            f"decay: expected 0 for parameters on a manifold, got {decay}; put them in a group of their own"
+        )
+    if stabilize is not None and not stabilize >= 1:
+        raise ValueError(f"stabilize: expected a number of steps ≥ 1 or None, got {stabilize}; None never projects")
+
+
+def _check_step(parameter: Tensor, gradient: Tensor) -> None:
+    if isinstance(parameter, ManifoldTensor) and is_narrow(parameter):
+        raise DtypeError(too_narrow("params", parameter))
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"params: expected dense gradients, got one of layout {gradient.layout}; leave out sparse=True of the "
+            "embedding, or give its parameter an optimizer for sparse gradients"
+        )
 
 
 def _refuse_ignored(group: dict[str, Any]) -> None:
@@ -110,11 +175,13 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         betas: as in Adam.
         eps: as in Adam.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
-        stabilize: project manifold parameters every so many steps; in float32 rotations drift by some 1e-7 per step.
+        stabilize: project manifold parameters every so many steps, None never; in float32 rotations drift by some 1e-7 per step.
         **options: refused by name: ``amsgrad``, ``maximize``, ``foreach``, ``fused``, ``weight_decay`` …
 
     Raises:
-        ValueError: decay on a parameter that lives on a manifold; an option that geoopt would ignore.
+        ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that geoopt would
+            ignore; in a step, a sparse gradient.
+        DtypeError: in a step, a parameter on a manifold in half precision.
 
     Source: [Becigneul2019]_, [Loshchilov2019]_, [Kochurov2020]_.
     """
@@ -128,12 +195,12 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay: float = 0.0,
-        stabilize: int = 5,
+        stabilize: int | None = 5,
         **options: Any,
     ) -> None:
         _refuse_ignored(options)
-        self._decay = decay
-        super().__init__(params, lr=lr, betas=betas, eps=eps, stabilize=stabilize, **options)
+        self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,36 +212,36 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
                 self.stabilize_group(group)
         return loss
 
-    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> int:
+    def _move(self, point: Tensor, group: dict[str, Any]) -> int:
         """One parameter, in place where it can be: beside temporaries the arithmetic is cheap. Gives its steps so far."""
-        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
-        state, (beta1, beta2) = self.state[point], group["betas"]
+        manifold, state, (beta1, beta2) = _manifold(point), self.state[point], group["betas"]
         if not state:
             state |= {"step": 0, "exp_avg": torch.zeros_like(point), "exp_avg_sq": torch.zeros_like(point)}
         state["step"] += 1
         mean, square = state["exp_avg"], state["exp_avg_sq"]
+        gradient = _gradient(manifold, point)
         flat = manifold if isinstance(manifold, FlatManifold) else None
-        # In an isometric chart a gradient is a gradient, and transport leaves the momentum as it is.
-        gradient = (flat.chart_gradient if flat else manifold.egrad2rgrad)(point, point.grad)  # type: ignore[arg-type]
-        squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
         mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).add_(squares, alpha=1 - beta2)
-        size = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
-        if flat:
-            point.copy_(flat.move(point, step))
+        square.mul_(beta2)
+        if flat and flat.by_entry:
+            square.addcmul_(gradient, gradient, value=1 - beta2)
         else:
-            there, carried = manifold.retr_transp(point, step, mean)
-            point.copy_(there)
-            mean.copy_(carried)
+            squares = flat.chart_squares(gradient) if flat else manifold.component_inner(point, gradient)
+            square.add_(squares, alpha=1 - beta2)
+        # New memory costs more than the arithmetic, and a gradient by the chart is new and has done its duty.
+        used_up = flat and gradient.data_ptr() != point.grad.data_ptr()  # type: ignore[union-attr]
+        size = torch.div(square, 1 - beta2 ** state["step"], out=gradient if used_up else None)
+        size.sqrt_().add_(group["eps"])
+        step = torch.div(mean, size, out=size).mul_(-group["lr"] / (1 - beta1 ** state["step"]))
+        _go(manifold, point, step, mean)
         return state["step"]
 
 
 class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
     """Riemannian SGD with momentum and decoupled weight decay; on free parameters it is ``torch.optim.SGD``.
 
-    Momentum is a tangent vector and is transported along with the point. It starts as the first gradient, as in torch;
-    geoopt's starts (1 + momentum − dampening) times as large, and with a Euclidean gradient.
+    Momentum is a chart vector on a ``FlatManifold``; elsewhere it is a tangent vector and transported along with the
+    point. It starts as the first gradient, as in torch; geoopt's starts (1 + momentum − dampening) times as large, and with a Euclidean gradient.
 
     Args:
         params: parameters or groups; ``decay`` per group is the decoupled weight decay.
@@ -183,14 +250,16 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         dampening: the new gradient enters with 1 − dampening.
         nesterov: look ahead; needs momentum and no dampening.
         decay: default decoupled weight decay; leave it 0 for parameters on a manifold.
-        stabilize: project manifold parameters every so many steps; in float32 rotations drift by some 1e-7 per step.
+        stabilize: project manifold parameters every so many steps, None never; in float32 rotations drift by some 1e-7 per step.
         **options: refused by name: ``maximize``, ``foreach``, ``fused``, ``differentiable``, ``weight_decay``.
 
     Raises:
-        ValueError: decay on a parameter that lives on a manifold; an option that would be ignored.
+        ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that would be
+            ignored; in a step, a sparse gradient.
+        DtypeError: in a step, a parameter on a manifold in half precision.
 
     Example:
-        >>> x = ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())
+        >>> x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())
         >>> optimizer = RiemannianSGD([x], lr=1.0)
         >>> x.grad = torch.tensor([5.0, -1.0])
         >>> optimizer.step()
@@ -210,14 +279,12 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         dampening: float = 0.0,
         nesterov: bool = False,
         decay: float = 0.0,
-        stabilize: int = 5,
+        stabilize: int | None = 5,
         **options: Any,
     ) -> None:
         _refuse_ignored(options)
-        self._decay = decay
-        super().__init__(
-            params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, stabilize=stabilize, **options
-        )
+        self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -232,11 +299,11 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
                 self.stabilize_group(group)
         return loss
 
-    def _move(self, point: nn.Parameter, group: dict[str, Any]) -> None:
-        manifold = point.manifold if isinstance(point, ManifoldParameter) else self._default_manifold
-        gradient, momentum, state = manifold.egrad2rgrad(point, point.grad), group["momentum"], self.state[point]
+    def _move(self, point: Tensor, group: dict[str, Any]) -> None:
+        manifold, momentum, state = _manifold(point), group["momentum"], self.state[point]
+        gradient = _gradient(manifold, point)
         if not momentum:
-            point.copy_(manifold.retr(point, -group["lr"] * gradient))
+            _go(manifold, point, -group["lr"] * gradient)
             return
         if "momentum_buffer" in state:
             state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
@@ -244,9 +311,21 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
             state["momentum_buffer"] = gradient.clone()
         velocity = state["momentum_buffer"]
         direction = gradient + momentum * velocity if group["nesterov"] else velocity
-        there, carried = manifold.retr_transp(point, -group["lr"] * direction, velocity)
-        point.copy_(there)
-        velocity.copy_(carried)
+        _go(manifold, point, -group["lr"] * direction, velocity)
+
+
+def is_narrow(point: ManifoldTensor) -> bool:
+    """Whether a point is in half precision, where decompositions do not run and points drift."""
+    return point.dtype not in (torch.float32, torch.float64)
+
+
+def too_narrow(name: str, point: ManifoldTensor) -> str:
+    """What to say of a point in half precision."""
+    precision = "16-true" if point.dtype == torch.float16 else "bf16-true"
+    return (
+        f"{name}: expected float32 or float64 on {point.manifold}, got {point.dtype}; train with "
+        f'Trainer(plugins=ManifoldPrecision("{precision}"))'
+    )
 
 
 def is_riemannian(optimizer: Optimizer) -> bool:

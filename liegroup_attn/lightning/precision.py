@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
-from torch import nn
+from torch import Tensor, nn
 
 from liegroup_attn.manifolds import ManifoldParameter, restore
 
@@ -35,13 +36,24 @@ class ManifoldPrecision(HalfPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         restore(module)
-        held = [parameter for parameter in module.parameters() if isinstance(parameter, ManifoldParameter)]
-        values = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in held]
+        held = {n: p for n, p in module.named_parameters(remove_duplicate=False) if isinstance(p, ManifoldParameter)}
+        kept = {name: (point.manifold, _unrounded(point)) for name, point in held.items()}
         half = super().convert_module(module)
-        for parameter, value in zip(held, values, strict=True):
-            manifold = parameter.manifold
-            parameter.data = value if manifold.check_point_on_manifold(value) else manifold.projx(value)
+        for name, (manifold, value) in kept.items():
+            # Where torch swaps or overwrites parameters when it converts them, a plain one stands there now.
+            parameter: Any = half.get_parameter(name)
+            parameter.__class__, parameter.manifold = ManifoldParameter, manifold
+            parameter.data = value
         return half
 
     def tensor_init_context(self) -> AbstractContextManager:
         return nullcontext()
+
+
+@torch.no_grad()
+def _unrounded(point: ManifoldParameter) -> Tensor:
+    """A copy in at least float32, on the manifold."""
+    value = point.detach().to(torch.promote_types(point.dtype, torch.float32), copy=True).as_subclass(Tensor)
+    if value.is_meta or point.manifold.check_point_on_manifold(value):
+        return value
+    return point.manifold.projx(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import warnings
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from liegroup_attn.errors import DtypeError, GeneratorError
 from liegroup_attn.lightning import LanguageModel, ManifoldGuard, RiemannianAdamW, build_optimizer, replicate
 from liegroup_attn.lightning.guard import checked
-from liegroup_attn.manifolds import ManifoldParameter, Sphere, declared, hold
+from liegroup_attn.manifolds import ManifoldParameter, Sphere, Stiefel, declared, hold, off_manifold
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -97,6 +98,15 @@ REFUSED = {
         {"precision": "bf16-true"},
         DtypeError,
     ),
+    "float16": Refused(
+        lambda model: None,
+        r'points.interval: expected float32 or float64 .*, got torch.float16; train with .*ManifoldPrecision\("16-true',
+        {"precision": "16-true"},
+        DtypeError,
+    ),
+    "NaN": Refused(
+        lambda model: model.points.sphere.data.fill_(math.nan), r"points.sphere: expected a point of Sphere.*, got NaN"
+    ),
 }
 
 
@@ -151,6 +161,29 @@ def test_a_frozen_parameter_needs_no_optimizer():
     trainer(ManifoldGuard()).fit(model)
 
 
+class Astray(Places):
+    """A point that nobody declared, off its manifold."""
+
+    def build(self) -> None:
+        super().build()
+        self.frame = ManifoldParameter(2 * torch.randn(3, 3), manifold=Stiefel())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.frame.square().sum()
+
+
+def test_a_point_that_starts_off_its_manifold_is_projected():
+    seen = []
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            seen.append(float(off_manifold(pl_module.frame, Stiefel())))
+
+    with pytest.warns(UserWarning, match=r"frame: expected a point of Stiefel.*, got one that is .* off; it was proj"):
+        trainer(ManifoldGuard(), Start()).fit(Astray())
+    assert seen[0] <= 1e-6
+
+
 # gradients
 
 
@@ -175,12 +208,45 @@ def test_a_gradient_that_is_not_finite_ends_the_fit(bad):
     assert model.distance() <= 1e-6
 
 
-def test_under_a_gradient_scaler_it_is_the_scalers_business():
+class FreeDiverges(Places):
+    """At its second step the gradient of a free parameter is not finite."""
+
+    bad = math.nan
+
+    def on_before_zero_grad(self, optimizer) -> None:
+        if self.global_step == 1:
+            self.net[0].weight.register_hook(lambda grad: grad * self.bad)
+
+
+class ClipsItself(FreeDiverges):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        self.clip_gradients(optimizer, 1.0, "norm")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("kind", "clip"), [(FreeDiverges, 1.0), (ClipsItself, None)])
+def test_clipping_does_not_spread_nan(bad, kind, clip):
+    model = kind()
+    model.bad = bad
+    with pytest.raises(GeneratorError, match=r"net.0.weight: expected a finite gradient, got NaN or inf"):
+        trainer(ManifoldGuard(), gradient_clip_val=clip).fit(model)
+    assert model.distance() <= 1e-6
+
+
+def test_without_clipping_nan_stays_with_the_free_parameter():
+    model = FreeDiverges()
+    trainer(ManifoldGuard()).fit(model)
+    assert model.net[0].weight.isnan().any()
+    assert model.distance() <= 1e-6
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_under_a_gradient_scaler_it_is_the_scalers_business(clip):
     model, plugin = (
         Diverges(),
         L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0)),
     )
-    fitted = trainer(ManifoldGuard(), plugins=plugin, max_steps=2)
+    fitted = trainer(ManifoldGuard(), plugins=plugin, max_steps=2, gradient_clip_val=clip)
     fitted.fit(model)
     assert fitted.optimizers[0].state[model.points.stiefel]["step"] == 1  # the other step was skipped
     assert model.distance() <= 1e-6
@@ -266,6 +332,27 @@ def test_averages_are_projected(average, order):
 def test_without_the_guard_they_are_not(average):
     model, _ = averaged((average(),))
     assert model.distance() > 1e-5
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("average", [AVERAGES["mean"], AVERAGES["EMA"]], ids=["mean", "EMA"])
+def test_validations_do_not_change_the_average(average, order):
+    ends = []
+    for every in (12, 2, 3):
+        model = Validated()
+        options = {"max_steps": 12, "val_check_interval": every, "num_sanity_val_steps": 0}
+        trainer(*order(average()), **options).fit(model)
+        ends.append({name: point.detach() for name, point in model.held().items()})
+    for name, end in ends[0].items():
+        assert all(torch.equal(end, other[name]) for other in ends[1:]), name
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_a_validation_outside_a_fit_leaves_the_weights(order):
+    model = Validated()
+    before = copy.deepcopy(model.state_dict())
+    trainer(*order(WeightAveraging())).validate(model, verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)

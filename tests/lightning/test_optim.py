@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import geoopt
 import pytest
@@ -13,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liegroup_attn.errors import DtypeError
 from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, hold
+from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, OpenInterval, RateMatrices, hold
 from liegroup_attn.nn import LieAttention, Transformer
 
 
@@ -154,6 +158,17 @@ def test_on_a_sphere_it_finds_an_eigenvector(options):
     torch.testing.assert_close(x.detach().abs(), torch.tensor([1.0, 0, 0], dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+def test_momentum_does_not_overflow():
+    """As a tangent vector it would: carried from a rate of 1e19 to one of 1e-19."""
+    point = ManifoldParameter(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), manifold=RateMatrices(2))
+    optimizer = RiemannianSGD([point], lr=1.0, momentum=0.9)
+    for size in (-50.0, 50.0) * 3:
+        point.grad = torch.tensor([[0.0, size], [0.0, 0.0]])
+        optimizer.step()
+        assert optimizer.state[point]["momentum_buffer"].isfinite().all()
+        assert point.manifold.check_point_on_manifold(point)
+
+
 @sgds
 def test_a_loaded_sgd_continues_bitwise(options):
     whole = net()
@@ -215,6 +230,53 @@ def test_the_state_of_another_optimizer_is_refused(cls):
         cls(module.parameters()).load_state_dict(other(module.parameters()).state_dict())
 
 
+WRONG = {
+    "stabilize": (0, r"stabilize: expected a number of steps ≥ 1 or None, got 0; None never projects"),
+    "decay": (-1.0, r"decay: expected a number ≥ 0, got -1.0; 0 is no decay"),
+    "decay on a manifold": (0.1, r"decay: expected 0 for parameters on a manifold, got 0.1; put them"),
+}
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_refused_and_nothing_is_changed(cls, case):
+    (value, message), option = WRONG[case], case.split()[0]
+
+    def point() -> ManifoldParameter:
+        return ManifoldParameter(torch.tensor([0.6, 0.8]), manifold=geoopt.Sphere())
+
+    with pytest.raises(ValueError, match=message):
+        cls([point()], **{option: value})
+    optimizer = cls([point()])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": (p for p in [point()]), option: value})
+    assert len(optimizer.param_groups) == 1
+    state = optimizer.state_dict()
+    state["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0][option] != value
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+def test_sparse_gradients_are_refused(cls):
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"params: expected dense gradients, got one of layout torch\.sparse_coo; leave"
+    ):
+        cls(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, RiemannianSGD])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, "16-true"), (torch.bfloat16, "bf16-true")])
+def test_points_in_half_precision_are_refused(cls, dtype, precision):
+    point = ManifoldParameter(torch.tensor([0.5, 0.5], dtype=dtype), manifold=OpenInterval(2.0))
+    point.grad = torch.ones_like(point)
+    with pytest.raises(DtypeError, match=rf'params: expected float32 or float64 .*ManifoldPrecision\("{precision}"'):
+        cls([point]).step()
+
+
 def test_an_option_that_nobody_has():
     parameter = nn.Parameter(torch.ones(2))
     for cls in (RiemannianAdamW, RiemannianSGD):
@@ -265,6 +327,23 @@ def test_decay_on_a_manifold_is_refused():
         with pytest.raises(ValueError, match=message):
             RiemannianAdamW(**arguments)
     RiemannianAdamW([{"params": [time], "decay": 0.0}, {"params": [free]}], decay=0.1)
+
+
+@pytest.mark.parametrize("cls", [RiemannianAdamW, partial(RiemannianSGD, momentum=0.9)])
+def test_a_tensor_on_a_manifold_is_a_point_too(cls):
+    """geoopt's ManifoldTensor is no parameter of a module, but an optimizer may hold one."""
+    ends = []
+    for kind in (ManifoldParameter, partial(ManifoldTensor, requires_grad=True)):
+        point = kind(torch.tensor([[-1.0, 1.0], [2.0, -2.0]]), manifold=RateMatrices(2))
+        optimizer = cls([point], lr=0.1)
+        for _ in range(6):
+            point.grad = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+            optimizer.step()
+        with pytest.raises(ValueError, match=r"decay: expected 0 for parameters on a manifold, got 0.1"):
+            cls([point], decay=0.1)
+        ends.append(point.detach().as_subclass(torch.Tensor))
+    assert torch.equal(*ends)
+    assert RateMatrices(2).check_point_on_manifold(ends[1])
 
 
 @pytest.mark.parametrize("cls", [partial(RiemannianAdamW, lr=0.01), partial(RiemannianSGD, lr=0.1, momentum=0.9)])
@@ -416,6 +495,73 @@ def test_a_loaded_state_dict_is_not_changed():
     RiemannianAdamW(module.parameters()).load_state_dict(state)
     assert state["state"][0]["step"] == 3
     assert torch.equal(state["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+class Earlier(NamedTuple):
+    """An optimizer whose momenta once were tangent vectors."""
+
+    new: Callable[..., torch.optim.Optimizer]
+    momentum: str
+
+
+EARLIER = {
+    "Adam": Earlier(partial(RiemannianAdamW, lr=0.1), "exp_avg"),
+    "SGD": Earlier(partial(RiemannianSGD, lr=0.01, momentum=0.9), "momentum_buffer"),
+}
+
+
+def points(new: Callable[..., torch.optim.Optimizer]) -> tuple[nn.ParameterDict, torch.optim.Optimizer]:
+    """On a flat manifold, on another, and free."""
+    generator = torch.Generator().manual_seed(0)
+    rates = RateMatrices(3).projx(1 + torch.rand(3, 3, generator=generator, dtype=torch.float64))
+    held = nn.ParameterDict({"free": nn.Parameter(torch.ones(2, dtype=torch.float64))})
+    held["rates"] = ManifoldParameter(rates, manifold=RateMatrices(3))
+    held["frame"] = ManifoldParameter(torch.eye(4, dtype=torch.float64)[:, :2].clone(), manifold=geoopt.Stiefel())
+    return held, new(held.parameters())
+
+
+def pull(held: nn.ParameterDict, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((point - torch.arange(point.numel()).view_as(point)).square().sum() for point in held.values()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", EARLIER.values(), ids=EARLIER)
+@pytest.mark.parametrize("marked", [True, False])
+def test_momenta_that_were_tangent_vectors_are_converted(case, marked):
+    (held, one), (again, two) = points(case.new), points(case.new)
+    pull(held, one, 5)
+    state = copy.deepcopy(one.state_dict())
+    if not marked:
+        for index, name in enumerate(held):
+            if name == "rates":
+                own = state["state"][index]
+                own[case.momentum] = RateMatrices(3).lift(held["rates"].detach(), own[case.momentum].clone())
+        for group in state["param_groups"]:
+            del group["chart"]
+    again.load_state_dict(held.state_dict())
+    two.load_state_dict(state)
+    assert all(group["chart"] for group in two.param_groups)
+    for optimizer, module in ((one, held), (two, again)):
+        pull(module, optimizer, 5)
+    for name in held:
+        torch.testing.assert_close(held[name].detach(), again[name].detach(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", EARLIER.values(), ids=EARLIER)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_a_copy_continues_bitwise(case, way):
+    held, optimizer = points(partial(case.new, stabilize=3))
+    pull(held, optimizer, 5)
+    again, second = way([held, optimizer])
+    for module, own in ((held, optimizer), (again, second)):
+        pull(module, own, 8)
+        own.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        assert {group["stabilize"] for group in own.param_groups} == {3}
+        assert {type(state["step"]) for state in own.state.values() if "step" in state} <= {int}
+    for name in held:
+        assert torch.equal(held[name], again[name]), name
 
 
 # schedule

@@ -10,7 +10,7 @@ from torch import nn
 
 from liegroup_attn import ErlangClock, ExponentialClock
 from liegroup_attn.lightning import LanguageModel, ManifoldGuard, ManifoldPrecision
-from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, Stiefel, hold, off_manifold
+from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, Sphere, Stiefel, hold, off_manifold
 from liegroup_attn.nn import LieAttention
 
 pytestmark = [
@@ -53,6 +53,48 @@ def test_double_stays_double():
     module = nn.Module()
     hold(module, "time", torch.ones(2, dtype=torch.float64), OpenInterval(2.0))
     assert ManifoldPrecision("bf16-true").convert_module(module).time.dtype == torch.float64
+
+
+WAYS = {  # how torch converts modules
+    "data": (False, False),
+    "overwrite": (True, False),
+    "swap": (False, True),
+}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def conversion(request):
+    future = torch.__future__
+    before = future.get_overwrite_module_params_on_conversion(), future.get_swap_module_params_on_conversion()
+    future.set_overwrite_module_params_on_conversion(request.param[0])
+    future.set_swap_module_params_on_conversion(request.param[1])
+    yield
+    future.set_overwrite_module_params_on_conversion(before[0])
+    future.set_swap_module_params_on_conversion(before[1])
+
+
+@pytest.mark.usefixtures("conversion")
+def test_however_torch_converts_modules():
+    model = Places()
+    model.free = ManifoldParameter(torch.tensor([0.6, 0.8]), manifold=Sphere())
+    model.free.requires_grad_(False)
+    expected = {name: p.detach().clone() for name, p in (model.held() | {"free": model.free}).items()}
+    ManifoldPrecision("bf16-true").convert_module(model)
+    assert model.net[0].weight.dtype == torch.bfloat16
+    for name, point in (model.held() | {"free": model.free}).items():
+        assert type(point) is ManifoldParameter
+        assert torch.equal(point.detach(), expected[name])
+        assert point.requires_grad == (name != "free")
+    assert isinstance(model.free.manifold, Sphere)
+
+
+def test_points_without_values_are_left_so():
+    with torch.device("meta"):
+        layer = LieAttention(8, 2)
+    ManifoldPrecision("bf16-true").convert_module(layer)
+    assert layer.time.is_meta
+    assert layer.time.dtype == torch.float32
+    assert layer.rate_weight.dtype == torch.bfloat16
 
 
 class Late(Places):
