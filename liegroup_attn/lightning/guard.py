@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from liegroup_attn.errors import DtypeError, GeneratorError
-from liegroup_attn.lightning.optim import is_narrow, is_riemannian, too_narrow
+from liegroup_attn.lightning.optim import is_riemannian
+from liegroup_attn.lightning.refusals import is_narrow, too_narrow
 from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, declared, off_manifold, restore
 
 __all__ = ["ManifoldGuard"]

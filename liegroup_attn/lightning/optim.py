@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from liegroup_attn.errors import DtypeError
+from liegroup_attn.lightning.refusals import check_group, check_step, refuse_compilation, refuse_ignored
 from liegroup_attn.manifolds import FlatManifold, ManifoldTensor
 
 __all__ = ["RiemannianAdamW", "RiemannianSGD", "is_riemannian"]
 
 _EUCLIDEAN = geoopt.Euclidean()
 _MOMENTA = {"exp_avg", "momentum_buffer"}
-_REMEDIES = {
-    "weight_decay": "geoopt's is an L2 penalty inside the gradient; use decay, which is decoupled",
-    "decoupled_weight_decay": "geoopt does not heed it; use decay, which is decoupled",
-    "maximize": "geoopt does not heed it; negate the loss",
-    "amsgrad": "it is not built; leave it out",
-    **dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), "geoopt does not heed it; leave it out"),
-}
 
 
 class _Decoupled(geoopt.optim.mixin.OptimMixin):
@@ -36,11 +29,11 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see ``torch.optim.Optimizer.add_param_group``."""
         self.defaults.update(self._ours)
-        _refuse_ignored(self.defaults | param_group)
+        refuse_ignored(self.defaults | param_group)
         param_group.setdefault("stabilize", self.defaults["stabilize"])
         super().add_param_group(param_group)
         try:
-            _check_group(param_group)  # after: torch makes a list of whatever the parameters come in
+            check_group(param_group)  # after: torch makes a list of whatever the parameters come in
         except ValueError:
             self.param_groups.pop()
             raise
@@ -69,8 +62,8 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
                     f"state_dict: expected the groups of {type(self).__name__}, got some without {missing[0]}; it is the "
                     "state of another optimizer, load it there"
                 )
-            _refuse_ignored(group)
-            _check_group(group | {"params": own["params"]})
+            refuse_ignored(group)
+            check_group(group | {"params": own["params"]})
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -87,14 +80,14 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
     def _begin(self, closure: Callable[[], Any] | None) -> Any:
         """The closure's loss, then decay."""
         if torch.compiler.is_compiling():
-            _refuse_compilation()
+            refuse_compilation()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, _ in moving:
-            _check_step(parameter, parameter.grad)
+            check_step(parameter, parameter.grad)
         for parameter, group in moving:
             if group["decay"]:
                 parameter.mul_(1 - group["lr"] * group["decay"])
@@ -121,43 +114,6 @@ def _go(manifold: geoopt.Manifold, point: Tensor, step: Tensor, momentum: Tensor
         there, carried = manifold.retr_transp(point, step, momentum)
         point.copy_(there)
         momentum.copy_(carried)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    decay, stabilize = group["decay"], group.get("stabilize")
-    if not decay >= 0:
-        raise ValueError(f"decay: expected a number ≥ 0, got {decay}; 0 is no decay")
-    if decay and any(isinstance(p, ManifoldTensor) for p in group["params"]):
-        raise ValueError(
-            f"decay: expected 0 for parameters on a manifold, got {decay}; put them in a group of their own"
-        )
-    if stabilize is not None and not stabilize >= 1:
-        raise ValueError(f"stabilize: expected a number of steps ≥ 1 or None, got {stabilize}; None never projects")
-
-
-def _check_step(parameter: Tensor, gradient: Tensor) -> None:
-    if isinstance(parameter, ManifoldTensor) and is_narrow(parameter):
-        raise DtypeError(too_narrow("params", parameter))
-    if gradient.layout != torch.strided:
-        raise ValueError(
-            f"params: expected dense gradients, got one of layout {gradient.layout}; leave out sparse=True of the "
-            "embedding, or give its parameter an optimizer for sparse gradients"
-        )
-
-
-def _refuse_ignored(group: dict[str, Any]) -> None:
-    for option, remedy in _REMEDIES.items():
-        if group.get(option):
-            raise ValueError(f"{option}: expected it off, got {group[option]}; {remedy}")
-
-
-@torch.compiler.disable
-def _refuse_compilation() -> None:
-    # Not compiled itself: an exception inside compiled code only sends the compiler to the functions within.
-    raise RuntimeError(
-        "optimizer: expected a step that is not compiled, got torch.compile(optimizer.step), which forgets the manifolds; "
-        "compile the module alone"
-    )
 
 
 class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
@@ -198,7 +154,7 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         stabilize: int | None = 5,
         **options: Any,
     ) -> None:
-        _refuse_ignored(options)
+        refuse_ignored(options)
         self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
         super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
 
@@ -282,7 +238,7 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         stabilize: int | None = 5,
         **options: Any,
     ) -> None:
-        _refuse_ignored(options)
+        refuse_ignored(options)
         self._ours = {"decay": decay, "stabilize": stabilize, "chart": True}
         super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, **options)
 
@@ -312,20 +268,6 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
         velocity = state["momentum_buffer"]
         direction = gradient + momentum * velocity if group["nesterov"] else velocity
         _go(manifold, point, -group["lr"] * direction, velocity)
-
-
-def is_narrow(point: ManifoldTensor) -> bool:
-    """Whether a point is in half precision, where decompositions do not run and points drift."""
-    return point.dtype not in (torch.float32, torch.float64)
-
-
-def too_narrow(name: str, point: ManifoldTensor) -> str:
-    """What to say of a point in half precision."""
-    precision = "16-true" if point.dtype == torch.float16 else "bf16-true"
-    return (
-        f"{name}: expected float32 or float64 on {point.manifold}, got {point.dtype}; train with "
-        f'Trainer(plugins=ManifoldPrecision("{precision}"))'
-    )
 
 
 def is_riemannian(optimizer: Optimizer) -> bool:
