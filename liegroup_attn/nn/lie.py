@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
-from liegroup_attn.functional import expm_multiply, joined_generator, lie_attention, masked_as
+from liegroup_attn.functional import expm_multiply, lie_attention
 from liegroup_attn.generators import Generator, SoftmaxGenerator
+from liegroup_attn.generators.joined import joined_generator, masked_as
 from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
