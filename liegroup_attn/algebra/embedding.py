@@ -16,7 +16,7 @@ from liegroup_attn.errors import ConvergenceError, GeneratorError, ShapeError
 
 __all__ = ["Embedding", "embed"]
 
-_MISS = 2  # times atol; exponentials of rate matrices, rounded to P's dtype, stay below 1
+_MISS = 2  # times atol; well-conditioned exponentials of rate matrices, rounded to P's dtype, stay below 1
 
 
 class Embedding(NamedTuple):

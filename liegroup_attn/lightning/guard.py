@@ -196,10 +196,12 @@ def _settle(name: str, parameter: ManifoldParameter) -> None:
         raise GeneratorError(
             f"{name}: expected a point of {parameter.manifold}, got NaN or inf; start from a point of it"
         )
-    if distance > _TOLERANCE:
+    # As in ``hold``: a rate of 0 is as near as can be, and yet no point.
+    on, reason = parameter.manifold.check_point_on_manifold(parameter.detach(), explain=True)
+    if distance > _TOLERANCE or not on:
         rank_zero_warn(
             f"{name}: expected a point of {parameter.manifold}, got one that is {distance:.2g} off; it was projected, "
-            "make it with manifolds.hold"
+            f"make it with manifolds.hold{'' if reason is None else f' ({reason})'}"
         )
         parameter.proj_()
 

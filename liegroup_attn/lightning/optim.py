@@ -68,13 +68,13 @@ class _Decoupled(geoopt.optim.mixin.OptimMixin):
 
     @torch.no_grad()
     def stabilize_group(self, group: dict[str, Any]) -> None:
-        """Project the points of a group.
+        """Project the points of a group that have a gradient; what does not move stays bit by bit.
 
         Momenta are left to the next transport: geoopt puts them through ``proju``, which on the canonical Stiefel
         manifold is no projection but doubles what of them lies in the span of the frame.
         """
         for point in group["params"]:
-            if isinstance(point, ManifoldTensor):
+            if isinstance(point, ManifoldTensor) and point.grad is not None:
                 point.proj_()
 
     def _begin(self, closure: Callable[[], Any] | None) -> Any:

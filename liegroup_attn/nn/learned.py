@@ -52,6 +52,7 @@ class LearnedSum(LearnedGenerator):
 
     Raises:
         ShapeError: other numbers of heads.
+        GeneratorError: no part, or something that is no learned generator.
 
     Example:
         >>> both = RelativeRates(2, 4) + RateMatrix(2, 6)
@@ -60,6 +61,8 @@ class LearnedSum(LearnedGenerator):
     """
 
     def __init__(self, *parts: LearnedGenerator) -> None:
+        if not parts:
+            raise GeneratorError("parts: expected at least one LearnedGenerator, got none; a sum needs a part")
         super().__init__(parts[0].num_heads, is_causal=all(part.is_causal for part in parts))
         for part in parts:
             check_heads(part, self.num_heads)

@@ -591,3 +591,14 @@ def test_the_schedule(warmup, total, floor, expected):
         assert rates[step] == pytest.approx(factor, abs=1e-12), step
     assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_what_does_not_move_is_not_projected():
+    """Projections round: a frozen point would drift."""
+    frozen = ManifoldParameter(torch.linalg.qr(torch.randn(4, 2)).Q, manifold=geoopt.Stiefel(), requires_grad=False)
+    moving = ManifoldParameter(torch.tensor([0.6, 0.8]), manifold=geoopt.Sphere())
+    start, optimizer = frozen.detach().clone(), RiemannianAdamW([frozen, moving], lr=0.1, stabilize=1)
+    for _ in range(20):
+        moving.grad = torch.randn(2)
+        optimizer.step()
+    assert torch.equal(frozen, start)

@@ -29,6 +29,7 @@ from liegroup_attn.manifolds import (
 )
 from liegroup_attn.nn import (
     BilinearScores,
+    LearnedSum,
     LieAttention,
     LieMixer,
     RateMatrix,
@@ -545,6 +546,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     ),
     "rotations": (lambda: RateMatrix(2, 4, manifold=SpecialOrthogonal(4)), ShapeError, "rate matrices on 4 states"),
     "half a distance": (lambda: RelativeRates(2, 1.5), ShapeError, "a whole number from 1, got 1.5"),
+    "no part": (lambda: LearnedSum(), GeneratorError, "at least one LearnedGenerator"),
     "one stream": (lambda: ResidualStreams(1), ShapeError, "num_streams: expected at least 2"),
     "no stream": (lambda: Transformer(C, 1, H, streams=0), ShapeError, "streams: expected at least 1"),
 }
