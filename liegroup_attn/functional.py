@@ -58,6 +58,7 @@ def expm_multiply(
         ConvergenceError: the method cannot reach its tolerance.
 
     Example:
+        >>> from liegroup_attn import DenseGenerator
         >>> Q = DenseGenerator(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
         >>> expm_multiply(Q, torch.eye(2))
         tensor([[0.5677, 0.4323],
@@ -102,6 +103,7 @@ def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock
         GeneratorError: time negative or not finite.
 
     Example:
+        >>> from liegroup_attn import DenseGenerator
         >>> Q = DenseGenerator(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
         >>> transition_matrix(Q, 1.0)
         tensor([[0.5677, 0.4323],
