@@ -35,7 +35,7 @@ __all__ = [
     "transition_matrix",
 ]
 
-_LAZY = ("algebra", "lightning", "manifolds", "metrics", "nn", "plots", "positional")
+_LAZY = ("algebra", "integrations", "lightning", "manifolds", "metrics", "nn", "plots", "positional")
 
 
 def __getattr__(name: str) -> Any:

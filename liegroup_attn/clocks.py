@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from liegroup_attn.errors import ConvergenceError, GeneratorError
 
-__all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock"]
+__all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock", "clock_from"]
 
 _MOST_TERMS = 100_000
 
@@ -208,3 +209,28 @@ class ExponentialClock(ErlangClock):
 
     def __repr__(self) -> str:
         return "ExponentialClock()"
+
+
+def clock_from(name: str) -> Clock:
+    """The clock of a name, so that configurations and checkpoints can hold it as text; ``str(clock)`` is its name.
+
+    Args:
+        name: "FixedClock", "ExponentialClock" or "ErlangClock(s)", with or without "()".
+
+    Returns:
+        The clock.
+
+    Raises:
+        GeneratorError: the name of no clock.
+
+    Example:
+        >>> clock_from("ErlangClock(3)")
+        ErlangClock(3)
+    """
+    found = re.fullmatch(r"(FixedClock|ExponentialClock|ErlangClock)(?:\((\d*)\))?", name.strip())
+    if found is None or bool(found[2]) != (found[1] == "ErlangClock"):
+        raise GeneratorError(
+            f"clock: expected FixedClock, ExponentialClock or ErlangClock(s), got {name!r}; name one of them"
+        )
+    kind = {"FixedClock": FixedClock, "ExponentialClock": ExponentialClock}.get(found[1])
+    return ErlangClock(int(found[2])) if kind is None else kind()

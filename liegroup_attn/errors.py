@@ -8,7 +8,17 @@ import numbers
 import torch
 from torch import Tensor
 
-__all__ = ["CacheError", "ConvergenceError", "DtypeError", "GeneratorError", "MaskError", "ShapeError", "check_shape"]
+__all__ = [
+    "CacheError",
+    "ConvergenceError",
+    "ConversionError",
+    "DtypeError",
+    "GeneratorError",
+    "MaskError",
+    "NestedTensorError",
+    "ShapeError",
+    "check_shape",
+]
 
 
 class ShapeError(ValueError):
@@ -25,6 +35,14 @@ class MaskError(ValueError):
 
 class GeneratorError(ValueError):
     """Values that make no generator or no semigroup: negative rates, ρ outside [0, 1], time < 0, NaN."""
+
+
+class NestedTensorError(ShapeError, AssertionError):
+    """A nested tensor, which torch's own module takes in its fused path only and refuses by an AssertionError."""
+
+
+class ConversionError(ValueError):
+    """A model in which nothing can be converted, or which would go on with softmax attention."""
 
 
 class CacheError(ValueError):

@@ -128,19 +128,28 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
             f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
             f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
         )
+    allowed = _allowed(attn_mask)
+    no_target = ~allowed.any(-1, keepdim=True)
     if attn_mask.dtype == torch.bool:
-        allowed = attn_mask
-        no_target = ~allowed.any(-1, keepdim=True)
         safe = attn_mask | no_target
     else:
-        # Others hide by a large negative number; softmax makes 0 of it too, unless everything is hidden.
-        allowed = ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
         check_finite("attn_mask (apart from what it hides)", attn_mask.detach().masked_fill(~allowed, 0.0))
-        no_target = ~allowed.any(-1, keepdim=True)
         safe = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(no_target, 0.0)
     if not allow_open_mask and not torch.compiler.is_compiling():
         _check_closed(allowed, no_target)
     return Mask(safe, no_target)
+
+
+def check_closed(attn_mask: Tensor) -> None:
+    """Raise MaskError unless a mask (True = takes part, or float) is transitively closed; torch.compile does not look."""
+    if not torch.compiler.is_compiling():
+        allowed = _allowed(attn_mask)
+        _check_closed(allowed, ~allowed.any(-1, keepdim=True))
+
+
+def _allowed(attn_mask: Tensor) -> Tensor:
+    """Which targets take part; others hide by a large negative number, of which softmax makes 0, too."""
+    return attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
 
 
 def _check_closed(allowed: Tensor, no_target: Tensor) -> None:

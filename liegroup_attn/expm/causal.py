@@ -32,7 +32,13 @@ def causal_jumps(query: Tensor, key: Tensor, onward: Tensor | None, value: Tenso
 
 
 def extend_jumps(
-    query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, plan: Plan, past: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    onward: Tensor | None,
+    value: Tensor,
+    plan: Plan,
+    past: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Jumps of new rows, given the iterates of all rows before them; the plain formula, differentiable.
 
@@ -43,6 +49,7 @@ def extend_jumps(
         value: X_0 of the new rows, (B, N, D).
         plan: M, recursion, block size.
         past: iterates that earlier rows jumped from, (B, P, M·D); None if there are none.
+        bias: added to the scores, (B, N, P + N); each row has a target that it does not hide.
 
     Returns:
         Jumps of the new rows, (B, N, M·D), and the iterates they were taken from, the same in pieces of rows.
@@ -50,7 +57,8 @@ def extend_jumps(
     known = _Known(past)
     offset, jumps = known.offset, []
     for start, stop in _spans(value.size(-2), plan.block_size):
-        rows = _rows(query[:, start:stop], key[:, : offset + stop])
+        added = None if bias is None else bias[:, start:stop, : offset + stop]
+        rows = _rows(query[:, start:stop], key[:, : offset + stop], added)
         x = value[:, start:stop]
         seen = known.seen_by(rows.before, x.new_zeros(*x.shape[:-1], plan.jumps * x.size(-1)))
         found = run_block(rows, seen, _at(onward, start, stop), x, plan)
@@ -158,9 +166,10 @@ class _CausalJumpsForwardAD(_CausalJumps):
         return torch.cat(found, -2)
 
 
-def _rows(query: Tensor, key: Tensor) -> Rows:
+def _rows(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Rows:
     """S for the last rows: query (B, b, E), key (B, stop, E) up to and with these rows."""
     scores = query @ key.mT
+    scores = scores if bias is None else scores + bias
     b, start = query.size(-2), key.size(-2) - query.size(-2)
     scores[..., start:] += torch.full((b, b), -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
     chain = scores.softmax(-1)

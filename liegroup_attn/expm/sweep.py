@@ -116,11 +116,13 @@ class CausalSweep(HopMethod):
         time: Tensor,
         clock: Clock,
         first_hop: bool,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mix new tokens with all before them, given what earlier calls kept: exact, one row of scores a token.
 
         Args:
-            query: (..., N, E), of the new tokens; scores are scaled by 1/√E.
+            query: (..., N, E), of the new tokens.
             key: (..., P + N, E), of all tokens.
             value: (..., N, D), of the new tokens.
             past: iterates of the earlier tokens, (..., P, M·D).
@@ -128,6 +130,9 @@ class CausalSweep(HopMethod):
             time: (..., 1).
             clock: law of τ.
             first_hop: first jump, then run.
+            attn_mask: broadcastable to (..., N, P + N), bool (True = takes part) or float, on top of causality; taken
+                as it is, closed or not. A row without an allowed target keeps its own value.
+            scale: of the scores; default 1/√E.
 
         Returns:
             The mixed values (..., N, D), and the iterates of the new tokens (..., N, M·D) in the dtype of ``past``.
@@ -136,8 +141,10 @@ class CausalSweep(HopMethod):
             dtype = past.dtype
             run = self._prepare(jump_rates, value, time, clock, first_hop, value.shape[:-2], dtype)
             query, key, past = (flatten_batch(run.batch, x.to(dtype)) for x in (query, key, past))
-            query = query.size(-1) ** -0.5 * query
-            jumps, pieces = extend_jumps(query, key, run.onward, run.value, run.plan, past)
+            query = (query.size(-1) ** -0.5 if scale is None else scale) * query
+            bias = None if attn_mask is None else _causal_bias(attn_mask, query.size(-2), key.size(-2), dtype)
+            bias = None if bias is None else flatten_batch(run.batch, bias)
+            jumps, pieces = extend_jumps(query, key, run.onward, run.value, run.plan, past, bias)
             kept = torch.cat(pieces, -2)
             return run.mix(jumps).to(value.dtype), kept.view(*run.batch, *kept.shape[-2:])
 
@@ -166,6 +173,20 @@ class CausalSweep(HopMethod):
         if onward is not None:
             onward = flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], value.size(-2)), 1)
         return _Run(plan, batch, flatten_batch(batch, value.to(dtype)), onward, weights, joint, first_hop and not joint)
+
+
+def _causal_bias(attn_mask: Tensor, new: int, seen: int, dtype: torch.dtype) -> Tensor:
+    """A mask of the last rows as what is added to scores, (..., N, P + N); a row without a target sees itself."""
+    ahead = torch.ones(new, seen, dtype=torch.bool, device=attn_mask.device).triu(seen - new + 1)
+    if attn_mask.dtype == torch.bool:
+        hidden = ~attn_mask | ahead
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=attn_mask.device)
+    else:
+        hidden = (attn_mask <= torch.finfo(attn_mask.dtype).min / 2) | ahead
+        bias = attn_mask.to(dtype).expand(hidden.shape)
+    own = torch.eye(seen, dtype=torch.bool, device=ahead.device)[seen - new :]
+    alone = hidden.all(-1, keepdim=True)
+    return bias.masked_fill(hidden & ~(alone & own), -torch.inf).masked_fill(alone & own, 0)
 
 
 class _Run(NamedTuple):

@@ -2,10 +2,14 @@
 
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
+from liegroup_attn.nn.convert import ConversionReport, ConvertedLayer, convert_attention, restore_attention
+from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.nn.flow_attention import FlowAttention
 from liegroup_attn.nn.generation import sample
 from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.mixer import LieMixer
+from liegroup_attn.nn.multihead import LieMultiheadAttention
 from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
 from liegroup_attn.nn.scores import BilinearScores, RateScores, SkewScores, SpectralScores, SymmetricScores
 from liegroup_attn.nn.streams import Residual, ResidualStreams
@@ -15,10 +19,15 @@ __all__ = [
     "AttentionCache",
     "AttentionRecipe",
     "BilinearScores",
+    "ConversionReport",
+    "ConvertedLayer",
+    "FlowAttention",
     "LearnedGenerator",
     "LearnedSum",
     "LieAttention",
+    "LieFlow",
     "LieMixer",
+    "LieMultiheadAttention",
     "RateMatrix",
     "RateScores",
     "RelativeRates",
@@ -32,6 +41,8 @@ __all__ = [
     "Transformer",
     "TransformerCache",
     "build_attention",
+    "convert_attention",
+    "restore_attention",
     "sample",
     "scale_time",
 ]

@@ -19,6 +19,7 @@ from liegroup_attn.generators.joined import joined_generator, masked_as
 from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
+from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.mixer import LieMixer
 
@@ -290,7 +291,7 @@ class LieAttention(SelfAttention):
 
 
 def scale_time(module: nn.Module, factor: float) -> int:
-    """Run every Lie attention and mixer in a module for ``factor`` times its learned time: depth as a test-time knob.
+    """Run every Lie attention, mixer and converted attention in a module for ``factor`` times its learned time: depth as a test-time knob.
 
     Args:
         module: any module; nothing in it is retrained.
@@ -308,9 +309,11 @@ def scale_time(module: nn.Module, factor: float) -> int:
     """
     if not (factor >= 0 and math.isfinite(factor)):
         raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {factor}; the flow runs forward only")
-    layers = [m for m in module.modules() if isinstance(m, LieAttention | LieMixer)]
+    layers = [m for m in module.modules() if isinstance(m, LieAttention | LieMixer | LieFlow)]
     if not layers:
-        raise GeneratorError("module: expected a LieAttention or LieMixer inside, got none; only these have a time")
+        raise GeneratorError(
+            "module: expected a LieAttention, LieMixer or converted attention inside, got none; only these have a time"
+        )
     for layer in layers:
         layer.time_scale = float(factor)
     return len(layers)

@@ -1,0 +1,315 @@
+"""What a drop-in learns: for how long values flow in each head, and at which rate each token jumps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.clocks import Clock, FixedClock, clock_from
+from liegroup_attn.errors import GeneratorError, values_visible
+from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
+from liegroup_attn.expm.jumps import pick
+from liegroup_attn.functional import lie_attention
+from liegroup_attn.generators import SoftmaxGenerator
+
+__all__ = ["LieFlow"]
+
+
+class LieFlow(nn.Module):
+    """Mixing of values that starts as softmax attention and can learn to be more: S·E[exp(τQ)]V, one time a head.
+
+    It takes queries, keys and values of any attention, so it is what ``convert_attention`` puts into other people's
+    modules. The time starts at exactly 0, where the result is softmax attention and the gradient by the time is not
+    0: the first derivative is S·Q·V. It is a plain parameter, for any optimizer; what counts is its value kept in
+    [0, max_time], with the gradient of that projection (a step out of the interval is undone by the next gradient that
+    leads back, and one that leads further out is 0).
+
+    Args:
+        num_heads: H.
+        head_width: D, of the values.
+        time: initial t per head, in [0, max_time].
+        max_time: upper end of the learned time; it fixes the number of hops before data is seen.
+        learn_time: learn t per head; else it stays as it is (a buffer).
+        learn_rates: learn jump rates per token and head, ρ = σ(w·v + b) of the token's value. Their gradient is 0 while
+            time is 0.
+        rate: initial ρ, in (0, 1); used only with ``learn_rates``, else ρ = 1.
+        first_hop: the query first jumps to a token, then the chain runs. Without it, time 0 is no mixing at all.
+        clock: law of the time, or its name such as "ErlangClock(3)"; None is fixed.
+        tol: largest probability of hops beyond those computed, for the fixed clock; resolvents are exact.
+        allow_open_mask: accept masks that are not transitively closed and let exp(tQ) fill them.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        GeneratorError: time outside [0, max_time], rate outside (0, 1), a name of no clock.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 2, 5, 8)
+        >>> flow = LieFlow(2, 8)
+        >>> mixed, _ = flow(q, k, v, is_causal=True)
+        >>> torch.allclose(mixed, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-6)
+        True
+
+    Source: docs/mathematics, "Clocks and the first hop".
+    """
+
+    time: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_width: int,
+        *,
+        time: float = 0.0,
+        max_time: float = 1.0,
+        learn_time: bool = True,
+        learn_rates: bool = True,
+        rate: float = 0.5,
+        first_hop: bool = True,
+        clock: Clock | str | None = None,
+        tol: float = 1e-3,
+        allow_open_mask: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= time <= max_time or not 0 < max_time < math.inf:
+            raise GeneratorError(
+                f"time: expected 0 ≤ time ≤ max_time < inf, got time={time}, max_time={max_time}; raise max_time"
+            )
+        if not 0 < rate < 1:
+            raise GeneratorError(f"rate: expected 0 < rate < 1, got {rate}; start near 1 for fast tokens")
+        if not 0 < tol < 1:
+            raise GeneratorError(f"tol: expected a probability in (0, 1), got {tol}; choose 1e-3 or smaller")
+        self.num_heads, self.head_width = num_heads, head_width
+        self.max_time, self.time_scale = float(max_time), 1.0
+        self.first_hop, self.tol, self.allow_open_mask = first_hop, tol, allow_open_mask
+        self.clock: Clock = clock_from(clock) if isinstance(clock, str) else clock or FixedClock()
+        self.learn_rates = learn_rates
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        start = torch.full((num_heads, 1), float(time), **where)
+        if learn_time:
+            self.time = nn.Parameter(start)
+        else:
+            self.register_buffer("time", start)
+        if learn_rates:
+            self.rate_weight = nn.Parameter(torch.zeros(num_heads, head_width, **where))
+            self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate)), **where))
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_heads}, {self.head_width}, max_time={self.max_time:g}, first_hop={self.first_hop}, clock={self.clock}"
+
+    def flow_time(self) -> Tensor:
+        """t per head as used, (H, 1): the learned time in [0, max_time] × ``time_scale``."""
+        inside: Tensor = pick(_Inside, _InsideForwardAD).apply(self.time, self.max_time)
+        return inside if self.time_scale == 1 else inside * self.time_scale
+
+    def is_still(self) -> bool:
+        """Whether no time passes and no derivative by it is wanted, so that this is softmax attention and nothing else.
+
+        Looked at on a CPU, and elsewhere where the time is frozen: a GPU has to be waited for. Never under
+        ``torch.compile``, which hops as often as ``max_time`` asks for.
+        """
+        time = self.time
+        if torch.is_grad_enabled() and time.requires_grad:
+            return False
+        frozen_elsewhere = time.device.type not in ("cpu", "meta") and not time.requires_grad
+        if not values_visible(time) and not (frozen_elsewhere and not torch.compiler.is_compiling()):
+            return False
+        return self.time_scale == 0 or bool((time.detach() <= 0).all())
+
+    def jump_rates(self, value: Tensor) -> Tensor | None:
+        """ρ per token.
+
+        Args:
+            value: (B, H_kv, N, D).
+
+        Returns:
+            (B, H, N) in (0, 1), or None for 1.
+        """
+        if not self.learn_rates:
+            return None
+        groups = value.size(1)
+        weight = self.rate_weight.view(groups, -1, self.head_width)  # (H_kv, H / H_kv, D)
+        found = torch.einsum("bgnd,grd->bgrn", value, weight.to(value.dtype)).flatten(1, 2)  # (B, H, N)
+        return (found + self.rate_bias.to(value.dtype).unsqueeze(-1)).sigmoid()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        need_weights: bool = False,
+        closed: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix values over tokens.
+
+        Args:
+            query: (B, H, N, E).
+            key: (B, H_kv, N, E), the same tokens.
+            value: (B, H_kv, N, D).
+            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores).
+            dropout_p: as in ``lie_attention``; with ``need_weights`` of an entry of the mixing matrix.
+            is_causal: lower-triangular mask.
+            scale: of the scores; default 1/√E.
+            need_weights: return the mixing matrix, too.
+            closed: the mask is known to be transitively closed: do not look.
+
+        Returns:
+            (B, H, N, D), and what multiplied the values, (B, H, N, N), or None.
+
+        Raises:
+            MaskError, ShapeError, DtypeError, GeneratorError: as ``lie_attention``.
+        """
+        still = self.is_still()
+        rates = None if still else self.jump_rates(value)
+
+        def mix(values: Tensor, drop: float) -> Tensor:
+            return lie_attention(
+                query,
+                key,
+                values,
+                attn_mask,
+                drop,
+                is_causal,
+                scale,
+                enable_gqa=True,
+                time=0.0 if still else self.flow_time(),
+                jump_rates=rates,
+                first_hop=self.first_hop,
+                clock=self.clock,
+                method=self._method(attn_mask),
+                allow_open_mask=closed or self.allow_open_mask,
+            )
+
+        if not need_weights:
+            return mix(value, dropout_p), None
+        eye = torch.eye(value.size(-2), dtype=value.dtype, device=value.device)
+        weights = mix(eye.expand(len(value), self.num_heads, -1, -1), 0.0)
+        weights = F.dropout(weights, dropout_p) if dropout_p else weights
+        return weights @ value.repeat_interleave(self.num_heads // value.size(1), 1), weights
+
+    def generator(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> SoftmaxGenerator:
+        """Q of a call with these arguments; a mask that is not closed is taken as it is.
+
+        Returns:
+            The generator on (B, H, N, N).
+        """
+        return SoftmaxGenerator(
+            query,
+            key.repeat_interleave(self.num_heads // key.size(1), 1),
+            jump_rates=self.jump_rates(value),
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            allow_open_mask=True,
+        )
+
+    @property
+    def kept_width(self) -> int:
+        """How many numbers a cache keeps of a token and head, beside its key and value."""
+        return (self.clock.resolvents or self._terms() + self.first_hop) * self.head_width
+
+    def extend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mix values of new tokens with all before them, given what earlier calls kept: exact decoding.
+
+        Args:
+            query: (B, H, N, E), of the new tokens.
+            key: (B, H_kv, P + N, E), of all tokens.
+            value: (B, H_kv, N, D), of the new tokens.
+            past: (B, H, P, ``kept_width``), what was kept of the earlier tokens.
+            attn_mask: broadcastable to (B, H, N, P + N), on top of causality.
+            scale: of the scores; default 1/√E.
+
+        Returns:
+            (B, H, N, D), and what to keep of the new tokens, (B, H, N, ``kept_width``).
+        """
+        group = self.num_heads // value.size(1)
+        return CausalSweep(max_terms=self._terms()).extend(
+            query,
+            key.repeat_interleave(group, 1),
+            value.repeat_interleave(group, 1),
+            past,
+            jump_rates=self.jump_rates(value),
+            time=self.flow_time(),
+            clock=self.clock,
+            first_hop=self.first_hop,
+            attn_mask=attn_mask,
+            scale=scale,
+        )
+
+    def _terms(self) -> int:
+        """K by the longest time and ``tol``, once and for all: no wait for a GPU, and caches stay valid."""
+        return max(1, self.clock.terms(self.max_time * self.time_scale, self.tol))
+
+    def _method(self, attn_mask: Tensor | None) -> Method:
+        if self.clock.resolvents is not None and attn_mask is not None:
+            return MatrixExp()  # exact, as the causal sweep is, so that masks and caches change nothing
+        return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        time = state_dict.get(f"{prefix}time")
+        # A step may have left the interval a little; what is far outside was learned with another one.
+        if time is not None and not time.is_meta and not bool((time <= 1.5 * self.max_time).all()):
+            args[-1].append(
+                f"{prefix}time: expected values in [0, max_time={self.max_time:g}], got up to {float(time.max()):g}; "
+                "convert with the max_time it was trained with"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Inside(torch.autograd.Function):
+    """x kept in [0, upper]; a gradient passes inside, and outside where descent leads back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, upper: float) -> Tensor:
+        return x.clamp(0.0, upper)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.upper = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        further = ((x < 0) & (grad > 0)) | ((x > ctx.upper) & (grad < 0))
+        return grad.masked_fill(further, 0), None
+
+
+class _InsideForwardAD(_Inside):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return tangent.masked_fill((x < 0) | (x > ctx.upper), 0)

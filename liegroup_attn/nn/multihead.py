@@ -1,0 +1,296 @@
+"""LieMultiheadAttention: the contract of torch.nn.MultiheadAttention, mixing by exp(tQ)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liegroup_attn.errors import MaskError, NestedTensorError, ShapeError
+from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.rates import check_closed
+
+__all__ = ["LieMultiheadAttention"]
+
+
+class LieMultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` whose values flow on along exp(tQ) after the first hop.
+
+    Constructor, forward, masks (bool True = is ignored, as there) and state-dict keys are torch's; beside them
+    ``lie.time``, ``lie.rate_weight`` and ``lie.rate_bias``. Time starts at 0, where the result is that of torch's module,
+    and learns from there. It works inside ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``, which never
+    take their fused softmax path around it.
+
+    Queries and keys must be the same tokens (the same tensor): only then is S square and has a generator. Across
+    different tokens only time 0 exists: such a call is softmax attention while time is 0, and an error after. With a
+    ``kdim`` or ``vdim`` of its own the module has nothing to learn and is softmax attention altogether. A row whose
+    targets are all ignored keeps its own value (torch gives NaN or 0). ``need_weights`` returns the true mixing matrix.
+
+    Args:
+        embed_dim: as in torch, and so for all up to ``dtype``.
+        num_heads: H.
+        dropout: probability of dropping an entry of S, in training.
+        bias: of the projections.
+        add_bias_kv: refused unless ``learn_time=False``: another key makes S other than square.
+        add_zero_attn: refused unless ``learn_time=False``.
+        kdim: width of the keys.
+        vdim: width of the values.
+        batch_first: (B, N, C) instead of (N, B, C).
+        device: of the parameters.
+        dtype: of the parameters.
+        **lie_options: those of ``LieFlow``: ``time``, ``max_time``, ``clock``, ``first_hop`` …
+
+    Raises:
+        ShapeError: ``add_bias_kv`` or ``add_zero_attn``, or a Lie option beside a width of its own.
+        GeneratorError: see ``LieFlow``.
+
+    Example:
+        >>> layer = LieMultiheadAttention(16, 2, batch_first=True)
+        >>> x = torch.randn(3, 5, 16)
+        >>> y, weights = layer(x, x, x)
+        >>> y.shape, weights.shape
+        (torch.Size([3, 5, 16]), torch.Size([3, 5, 5]))
+
+    Source: [Vaswani2017]_; docs/mathematics.
+    """
+
+    plain: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    lie: LieFlow | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **lie_options: Any,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        flow = LieFlow(num_heads, self.head_dim, device=device, dtype=dtype, **lie_options)
+        reason = why_not_square(self)
+        if reason is not None and lie_options.get("learn_time", True) and (add_bias_kv or add_zero_attn):
+            raise ShapeError(
+                f"{reason}: expected False, got True; another key makes S other than square, and only first_hop=True "
+                "with time=0 exists: leave it out, or pass learn_time=False for softmax attention"
+            )
+        if reason is not None and (flow.time > 0).any():
+            raise ShapeError(f"time: expected 0 beside {reason}, got {lie_options['time']}; there is no generator")
+        self.carry(flow if reason is None else None)
+
+    @staticmethod
+    def why_not(module: nn.Module, parent: nn.Module | None) -> str | None:
+        """Why torch's module stays softmax attention, None if it need not."""
+        assert isinstance(module, nn.MultiheadAttention)
+        if isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is module:
+            return "cross-attention: only time 0 exists"
+        reason = why_not_square(module)
+        return None if reason is None else f"{reason}: S is not square, only time 0 exists"
+
+    @staticmethod
+    def flow_of(module: nn.Module, **options: Any) -> LieFlow:
+        """A flow of the module's sizes, dtype and device."""
+        assert isinstance(module, nn.MultiheadAttention)
+        weight = module.out_proj.weight
+        return LieFlow(module.num_heads, module.head_dim, device=weight.device, dtype=weight.dtype, **options)
+
+    def carry(self, flow: LieFlow | None) -> None:
+        """Take the flow; from here on torch's fused paths, which run softmax, keep away."""
+        self.lie = flow
+        self._qkv_same_embed_dim = False
+
+    def drop(self) -> None:
+        """Become torch's module again."""
+        del self.lie
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        if hasattr(self, "lie"):
+            self._qkv_same_embed_dim = False
+
+    def forward(  # noqa: D102
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise NestedTensorError(
+                "LieMultiheadAttention does not support NestedTensor outside of its fast path, and has none: expected padded "
+                "tensors, got a nested one; build nn.TransformerEncoder with enable_nested_tensor=False"
+            )
+        flow = self.lie
+        if (
+            flow is None
+            or not same_tokens(query, key)
+            or query.dim() not in (2, 3)
+            or value.shape[:-1] != key.shape[:-1]
+        ):
+            return self._across(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
+        if is_causal and attn_mask is None:
+            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+        projected = self._project(query, key, value)  # (B, H, N, D) each
+        mask, is_causal = self._mask(flow, projected[0], attn_mask, key_padding_mask, is_causal)
+        mixed, weights = flow(
+            *projected,
+            mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            need_weights=need_weights,
+            closed=True,
+        )
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if query.dim() == 2:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Three of (B, H, N, D)."""
+        one = query is key is value
+        if query.dim() == 2:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if one:  # one product instead of three
+            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            parts = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
+
+    def _mask(
+        self,
+        flow: LieFlow,
+        query: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor | None, bool]:
+        """Torch's two masks (True = ignored) as one (True = takes part), and whether it is just causal.
+
+        What both allow is closed if each is. So torch's ``attn_mask`` is looked at alone, since both together would be
+        N³ work for every item of the batch, and padding of keys, which is closed, not at all.
+        """
+        batch, _, n, _ = query.shape
+        if is_causal and key_padding_mask is None:
+            return None, True
+        masks = (
+            [] if key_padding_mask is None else [_taking_part(key_padding_mask.reshape(batch, 1, 1, n), query.dtype)]
+        )
+        if attn_mask is not None:
+            if attn_mask.shape not in ((n, n), (batch * self.num_heads, n, n)):
+                raise MaskError(
+                    f"attn_mask: expected {(n, n)} or {(batch * self.num_heads, n, n)}, got {tuple(attn_mask.shape)}; give one "
+                    "for all, or one per item and head"
+                )
+            mask = _taking_part(attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, -1, n, n), query.dtype)
+            if not (is_causal or flow.allow_open_mask or flow.is_still()):
+                check_closed(mask)
+            masks.append(mask)
+        if len(masks) < 2:
+            return (masks[0] if masks else None), False
+        if all(mask.dtype == torch.bool for mask in masks):
+            return masks[0] & masks[1], False
+        biases = (
+            torch.zeros_like(m, dtype=query.dtype).masked_fill(~m, -torch.inf) if m.dtype == torch.bool else m
+            for m in masks
+        )
+        return sum(biases, torch.zeros((), dtype=query.dtype, device=query.device)), False
+
+    def _across(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Softmax attention across different tokens, torch's own."""
+        if self.lie is not None and not (self.lie.first_hop and bool((self.lie.time.detach() <= 0).all())):
+            raise ShapeError(
+                f"key: expected the query itself, got another tensor of shape {tuple(key.shape)} beside a query of shape "
+                f"{tuple(query.shape)}; across different tokens there is no generator, only softmax attention (time 0): "
+                "exclude this module from the conversion"
+            )
+        swap = self.batch_first and query.dim() == 3
+        if swap:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        packed = self.in_proj_weight is not None
+        out, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not packed,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (out.transpose(0, 1) if swap else out), weights
+
+
+def _taking_part(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Torch's mask as ours: bool True = takes part, or float."""
+    return ~mask if mask.dtype == torch.bool else mask.to(dtype)
+
+
+def why_not_square(module: nn.MultiheadAttention) -> str | None:
+    """The argument for which a module's S is never square over its own tokens; None if it may be."""
+    if module.bias_k is not None:
+        return "add_bias_kv"
+    if module.add_zero_attn:
+        return "add_zero_attn"
+    return "kdim or vdim" if module.in_proj_weight is None else None
+
+
+def same_tokens(query: Tensor, key: Tensor) -> bool:
+    """Whether keys are the queries' tokens: one tensor, or two views of the same numbers."""
+    if query is key:
+        return True
+    if query.shape != key.shape or query.stride() != key.stride() or torch.compiler.is_compiling():
+        return False
+    try:
+        return query.data_ptr() == key.data_ptr() != 0
+    except RuntimeError:  # torch.func: a tensor that has no storage of its own
+        return False
