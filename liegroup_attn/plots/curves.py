@@ -11,11 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.plots._style import GREY, assign_colors, figure_of, lighten, new_figure, to_array
+from liegroup_attn.plots._style import (
+    GREY,
+    MARKERS,
+    assign_colors,
+    figure_of,
+    lighten,
+    new_figure,
+    place_legend,
+    to_array,
+)
 
 __all__ = ["plot_accuracy_by_depth", "plot_curves"]
-
-MARKERS = "osD^vP"  # told apart in grey, too; one fewer than colours, so that pairs repeat late
 
 
 def plot_curves(
@@ -65,9 +72,8 @@ def plot_curves(
     ax.set_ylabel(ylabel, fontsize=9)
     lighten(ax)
     if lines:
-        place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if own else {"loc": "best"}
         ordered = [lines[i] for i in np.argsort(ends, kind="stable")[::-1]]
-        ax.legend(handles=ordered, frameon=False, fontsize=8, **place)
+        place_legend(ax, own=own, handles=ordered)
     return figure_of(ax), ax
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.plots._style import GREY, figure_of, new_figure, to_array
+from liegroup_attn.plots._style import GREY, figure_of, new_figure, shorten, to_array
 
 __all__ = ["plot_matrices"]
 
@@ -58,13 +58,26 @@ def plot_matrices(
         panels = figure.subplots(1, len(arrays), squeeze=False)[0]
     else:
         panels = np.array(axes, dtype=object)
-    stochastic = [array.max() for array in arrays.values() if _is_stochastic(array)]
-    for index, (ax, (title, array)) in enumerate(zip(panels, arrays.items(), strict=True)):
-        image = _draw(ax, array, max(stochastic) if _is_stochastic(array) else None)
+    draw_panels(panels, list(arrays), list(arrays.values()), tokens)
+    return figure_of(panels[0]), panels
+
+
+def draw_panels(
+    panels: np.ndarray,
+    titles: Sequence[str],
+    arrays: Sequence[np.ndarray],
+    tokens: Sequence[str] | None,
+    bars: Container[int] | None = None,
+    apart: float = 0.16,
+) -> None:
+    """One heat map a panel; colour bars beside the panels of the numbers ``bars``, or beside all."""
+    stochastic = [array.max() for array in arrays if _is_stochastic(array)]
+    for index, (ax, title, array) in enumerate(zip(panels, titles, arrays, strict=True)):
+        image = draw_image(ax, array, max(stochastic) if _is_stochastic(array) else None)
         ax.set_title(title, fontsize=10)
         _label_tokens(ax, len(array), tokens, leftmost=index == 0)
-        _color_bar(ax, image)
-    return figure_of(panels[0]), panels
+        if bars is None or index in bars:
+            color_bar(ax, image, apart)
 
 
 def _check(
@@ -86,7 +99,7 @@ def _is_stochastic(array: np.ndarray) -> bool:
     return bool(array.min() >= -1e-6 and np.abs(array.sum(-1) - 1).max() < 2e-2)
 
 
-def _draw(ax: Axes, array: np.ndarray, top: float | None) -> AxesImage:
+def draw_image(ax: Axes, array: np.ndarray, top: float | None) -> AxesImage:
     """A heat map in square-root colours, from 0 to ``top`` (None: its own largest entry) or centred on 0."""
     finite = array[np.isfinite(array)]
     largest = float(np.abs(finite).max(initial=0.0)) or 1.0
@@ -114,10 +127,11 @@ def _label_tokens(ax: Axes, n: int, tokens: Sequence[str] | None, *, leftmost: b
         ax.set_ylabel("source", fontsize=8, color=GREY)
     ax.tick_params(labelsize=7, length=2, width=0.6, color=GREY)
     if tokens is None:
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     elif n <= MOST_LABELS:
-        size = 8 if n <= 12 else 6 if n <= 24 else 4
+        tokens = [shorten(token) for token in tokens]
+        size = label_size(n)
         ax.set_xticks(range(n), tokens, rotation=90, fontsize=size)
         ax.set_yticks(range(n), tokens if leftmost else [""] * n, fontsize=size)
         ax.tick_params(length=0)
@@ -125,8 +139,13 @@ def _label_tokens(ax: Axes, n: int, tokens: Sequence[str] | None, *, leftmost: b
         ax.set(xticks=[], yticks=[])
 
 
-def _color_bar(ax: Axes, image: AxesImage) -> None:
-    """A bar as high as the map, with round ticks that stand apart on the square-root scale."""
+def label_size(n: int) -> int:
+    """Points for the names of n tokens along one axis."""
+    return 8 if n <= 12 else 6 if n <= 24 else 4
+
+
+def color_bar(ax: Axes, image: AxesImage, apart: float = 0.16) -> None:
+    """A bar as high as the map, with round ticks that stand ``apart``, in square roots of the largest entry."""
     bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)))
     low, top = np.asarray(image.get_clim(), dtype=float)
     rounded = [digit * 10.0**power for power in range(4, -9, -1) for digit in (5, 2, 1)]
@@ -134,7 +153,7 @@ def _color_bar(ax: Axes, image: AxesImage) -> None:
     last = np.inf
     for tick in rounded:
         root = np.sqrt(tick / top)
-        if tick <= top * (1 + 1e-9) and last - root >= 0.16 and root >= 0.16:
+        if tick <= top * (1 + 1e-9) and last - root >= apart and root >= apart:
             ticks.append(tick)
             last = root
     ticks = sorted([-tick for tick in ticks[1:] if low < 0] + ticks)
