@@ -24,9 +24,9 @@ class LieFlow(nn.Module):
 
     It takes queries, keys and values of any attention, so it is what ``convert_attention`` puts into other people's
     modules. The time starts at exactly 0, where the result is softmax attention and the gradient by the time is not
-    0: the first derivative is S·Q·V. It is a plain parameter, for any optimizer; what counts is its value kept in
-    [0, max_time], with the gradient of that projection (a step out of the interval is undone by the next gradient that
-    leads back, and one that leads further out is 0).
+    0: the first derivative is S·Q·V. It is a plain parameter, for any optimizer, and what a step moves out of
+    [0, max_time] is put back by the next forward in training. Where that cannot be (compiled, frozen), what counts is
+    the nearest time inside, and a gradient passes where descent leads back.
 
     Args:
         num_heads: H.
@@ -105,6 +105,9 @@ class LieFlow(nn.Module):
 
     def flow_time(self) -> Tensor:
         """t per head as used, (H, 1): the learned time in [0, max_time] × ``time_scale``."""
+        compiled = torch.compiler.is_compiling()
+        if self.training and torch.is_grad_enabled() and isinstance(self.time, nn.Parameter) and not compiled:
+            self.time.data.clamp_(0.0, self.max_time)
         inside: Tensor = pick(_Inside, _InsideForwardAD).apply(self.time, self.max_time)
         return inside if self.time_scale == 1 else inside * self.time_scale
 

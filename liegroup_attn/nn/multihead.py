@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,20 @@ from liegroup_attn.rates import check_closed
 __all__ = ["LieMultiheadAttention"]
 
 
+class _Part:
+    """A third of ``in_proj_weight`` once the module is built; else the parameter of that name."""
+
+    def __init__(self, name: str) -> None:
+        self.index = "qkv".index(name)
+        self.key = f"{name}_proj_weight"
+
+    def __get__(self, module: nn.MultiheadAttention | None, kind: type) -> Tensor | None:
+        if module is None or "lie" not in {*module.__dict__, *module._modules}:
+            raise AttributeError(self.key)  # nn.Module then looks among its parameters
+        own = module._parameters[self.key]
+        return module.in_proj_weight.chunk(3)[self.index] if own is None else own
+
+
 class LieMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` whose values flow on along exp(tQ) after the first hop.
 
@@ -25,7 +40,8 @@ class LieMultiheadAttention(nn.MultiheadAttention):
 
     Queries and keys must be the same tokens (the same tensor): only then is S square and has a generator. Across
     different tokens only time 0 exists: such a call is softmax attention while time is 0, and an error after. With a
-    ``kdim`` or ``vdim`` of its own the module has nothing to learn and is softmax attention altogether. A row whose
+    ``kdim`` or ``vdim`` of its own the module has nothing to learn and is softmax attention altogether, and so it is
+    with ``add_bias_kv`` or ``add_zero_attn``. A row whose
     targets are all ignored keeps its own value (torch gives NaN or 0). ``need_weights`` returns the true mixing matrix.
 
     Args:
@@ -33,8 +49,8 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         num_heads: H.
         dropout: probability of dropping an entry of S, in training.
         bias: of the projections.
-        add_bias_kv: refused unless ``learn_time=False``: another key makes S other than square.
-        add_zero_attn: refused unless ``learn_time=False``.
+        add_bias_kv: another key makes S other than square: a warning, and softmax attention that stays so.
+        add_zero_attn: the same.
         kdim: width of the keys.
         vdim: width of the values.
         batch_first: (B, N, C) instead of (N, B, C).
@@ -43,7 +59,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         **lie_options: those of ``LieFlow``: ``time``, ``max_time``, ``clock``, ``first_hop`` …
 
     Raises:
-        ShapeError: ``add_bias_kv`` or ``add_zero_attn``, or a Lie option beside a width of its own.
+        ShapeError: a time > 0 beside ``add_bias_kv``, ``add_zero_attn``, ``kdim`` or ``vdim``.
         GeneratorError: see ``LieFlow``.
 
     Example:
@@ -58,6 +74,8 @@ class LieMultiheadAttention(nn.MultiheadAttention):
 
     plain: ClassVar[type[nn.Module]] = nn.MultiheadAttention
     lie: LieFlow | None
+    # Whoever honours ``_qkv_same_embed_dim``, which says False here, reads three weights: they are parts of the one.
+    q_proj_weight, k_proj_weight, v_proj_weight = (_Part(name) for name in ("q", "k", "v"))  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -79,13 +97,17 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         )
         flow = LieFlow(num_heads, self.head_dim, device=device, dtype=dtype, **lie_options)
         reason = why_not_square(self)
-        if reason is not None and lie_options.get("learn_time", True) and (add_bias_kv or add_zero_attn):
-            raise ShapeError(
-                f"{reason}: expected False, got True; another key makes S other than square, and only first_hop=True "
-                "with time=0 exists: leave it out, or pass learn_time=False for softmax attention"
-            )
         if reason is not None and (flow.time > 0).any():
-            raise ShapeError(f"time: expected 0 beside {reason}, got {lie_options['time']}; there is no generator")
+            raise ShapeError(
+                f"{reason}: expected none of it beside time={lie_options['time']:g}, got it; keys that are not the queries' "
+                "tokens make S other than square, and only softmax attention (time 0) exists"
+            )
+        if reason in ("add_bias_kv", "add_zero_attn"):
+            warnings.warn(
+                f"{reason} makes S other than square: this LieMultiheadAttention has no generator, it is softmax "
+                "attention and stays so; leave it out to learn a time",
+                stacklevel=2,
+            )
         self.carry(flow if reason is None else None)
 
     @staticmethod
