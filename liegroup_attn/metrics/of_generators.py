@@ -32,7 +32,7 @@ class _OfGenerators(Mean):
 
 
 class ExpectedHops(_OfGenerators):
-    """Mean of :func:`expected_hops` over all starting tokens.
+    """Mean of :func:`liegroup_attn.algebra.expected_hops` over all starting tokens.
 
     ``update(generator, time=1.0)`` takes Q (..., N, N) and a number or a tensor broadcastable to (...,); ``compute()``
     returns a scalar ≥ 0, number of moves; NaN if a generator held NaN or inf, or if there was none.
@@ -63,7 +63,7 @@ class ExpectedHops(_OfGenerators):
 
 
 class SpectralGap(_OfGenerators):
-    """Mean :func:`spectral_gap` of all generators.
+    """Mean :func:`liegroup_attn.algebra.spectral_gap` of all generators.
 
     ``update(generator)`` takes Q (..., N, N); ``compute()`` returns a scalar ≥ 0, per unit of time. A generator with
     several closed classes counts as 0, one with a single state as inf; NaN if one held NaN or inf, or if there was none.
@@ -92,7 +92,7 @@ class SpectralGap(_OfGenerators):
 
 
 class MixingTime(_OfGenerators):
-    """Mean :func:`mixing_time` of all generators.
+    """Mean :func:`liegroup_attn.algebra.mixing_time` of all generators.
 
     ``update(generator)`` takes Q (..., N, N); ``compute()`` returns a scalar ≥ 0: inf if one has several closed classes;
     NaN if one held NaN or inf or has rates so far apart that rounding hides how it mixes, or if there was none.
@@ -127,7 +127,7 @@ class MixingTime(_OfGenerators):
 
 
 class StationaryMass(_OfGenerators):
-    """Mean :func:`stationary_mass` of all generators: the largest mass at rest, or that of given tokens.
+    """Mean :func:`liegroup_attn.metrics.stationary_mass` of all generators.
 
     ``update(generator)`` takes Q (..., N, N); ``compute()`` returns a scalar from 0 to 1; NaN if one has several closed
     classes or held NaN or inf, or if there was none.
@@ -161,7 +161,7 @@ class StationaryMass(_OfGenerators):
 
 
 class DetailedBalanceResidual(_OfGenerators):
-    """Mean :func:`detailed_balance_residual` of all generators at rest: 0 iff every chain is reversible.
+    """Mean :func:`liegroup_attn.algebra.detailed_balance_residual` of all generators.
 
     ``update(generator)`` takes Q (..., N, N); ``compute()`` returns a scalar ≥ 0, moves per unit of time; NaN if one has
     several closed classes or held NaN or inf, or if there was none.

@@ -15,7 +15,7 @@ __all__ = ["AttentionEntropy", "DistanceToSoftmax", "EffectiveRank", "RowStochas
 
 
 class AttentionEntropy(Mean):
-    """Mean of :func:`attention_entropy` over all rows, in nats.
+    """Mean of :func:`liegroup_attn.metrics.attention_entropy` over all rows, in nats.
 
     ``update(transition)`` takes (..., N, M); ``compute()`` returns a scalar, NaN without rows. A negative entry makes the
     mean −inf.
@@ -48,7 +48,7 @@ class AttentionEntropy(Mean):
 
 
 class RowStochasticityError(Worst):
-    """Largest :func:`row_stochasticity_error` of all matrices.
+    """Largest :func:`liegroup_attn.metrics.row_stochasticity_error` of all matrices.
 
     ``update(transition)`` takes (..., N, M); ``compute()`` returns a scalar ≥ 0: NaN if a matrix held NaN, or if there was
     none.
@@ -82,7 +82,7 @@ class RowStochasticityError(Worst):
 
 
 class EffectiveRank(Mean):
-    """Mean :func:`effective_rank` of all matrices.
+    """Mean :func:`liegroup_attn.metrics.effective_rank` of all matrices.
 
     ``update(transition)`` takes (..., N, M); ``compute()`` returns a scalar ≥ 1: NaN if a matrix held NaN or inf or was 0,
     or if there was none.
@@ -115,7 +115,7 @@ class EffectiveRank(Mean):
 
 
 class SinkMass(Mean):
-    """Mean :func:`sink_mass` of all matrices: the share of mass that lands on the heaviest column, or on given tokens.
+    """Mean :func:`liegroup_attn.metrics.sink_mass` of all matrices.
 
     ``update(transition)`` takes (..., N, M); ``compute()`` returns a scalar from 0 to 1, NaN if a matrix held NaN, or if
     there was none.
@@ -152,7 +152,7 @@ class SinkMass(Mean):
 
 
 class DistanceToSoftmax(Mean):
-    """Mean :func:`distance_to_softmax` of all matrices.
+    """Mean :func:`liegroup_attn.metrics.distance_to_softmax` of all matrices.
 
     ``update(transition, jump_chain)`` takes P and S, both (..., N, M); ``compute()`` returns a scalar from 0 to 1, NaN if a
     matrix held NaN, or if there was none.

@@ -16,7 +16,7 @@ __all__ = ["OffManifoldDistance"]
 
 
 class OffManifoldDistance(Worst):
-    """Largest :func:`liegroup_attn.manifolds.off_manifold` of all points: ``|x − projx(x)| / max(1, |x|)``, entry by entry.
+    """Largest :func:`liegroup_attn.manifolds.off_manifold` of all points.
 
     ``update(x)`` takes points of the manifold, (..., as it wants them); ``compute()`` returns a scalar ≥ 0: NaN if a point
     held NaN or inf, or if there was none.
