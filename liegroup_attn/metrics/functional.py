@@ -33,7 +33,7 @@ def attention_entropy(transition: Tensor) -> Tensor:
         tensor([0.0000, 0.6931])
     """
     check_shape("transition", transition, least_rank=2, remedy="pass whole rows, (..., N, N)")
-    return torch.special.entr(_at_least_float32(transition)).sum(-1)
+    return torch.special.entr(at_least_float32(transition)).sum(-1)
 
 
 def row_stochasticity_error(transition: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def row_stochasticity_error(transition: Tensor) -> Tensor:
         tensor(0.2500)
     """
     check_shape("transition", transition, least_rank=2, remedy="pass whole rows, (..., N, N)")
-    transition = _at_least_float32(transition)
+    transition = at_least_float32(transition)
     sums = (transition.sum(-1) - 1).abs()  # (..., N)
     negative = (-transition).clamp_min(0).flatten(-2)  # (..., N·M)
     zero = transition.new_zeros(*transition.shape[:-2], 1)  # keeps amax defined when N = 0
@@ -78,9 +78,10 @@ def bits_per_byte(nats: float | Tensor) -> float | Tensor:
         2.292
     """
     if isinstance(nats, Tensor):
-        return (_at_least_float32(nats) if nats.is_floating_point() else nats) / math.log(2)
+        return (at_least_float32(nats) if nats.is_floating_point() else nats) / math.log(2)
     return nats / math.log(2)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
