@@ -32,9 +32,9 @@ class DropIn(Protocol):
     plain: ClassVar[type[nn.Module]]  # what it is exchanged for
 
     @staticmethod
-    def why_not(module: nn.Module, parent: nn.Module | None) -> str | None: ...
+    def why_not(module: Any, parent: nn.Module | None) -> str | None: ...
     @staticmethod
-    def flow_of(module: nn.Module, **options: Any) -> LieFlow: ...
+    def flow_of(module: Any, **options: Any) -> LieFlow: ...
     def carry(self, flow: LieFlow) -> None: ...
     def drop(self) -> None: ...
 
@@ -124,7 +124,7 @@ def convert_attention(
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
         >>> print(convert_attention(model, max_time=2.0))
         module              class               outcome    why
-        ───────────────────────────────────────────────────────
+        ──────────────────────────────────────────────────────
         layers.0.self_attn  MultiheadAttention  converted
         layers.1.self_attn  MultiheadAttention  converted
 
@@ -134,21 +134,20 @@ def convert_attention(
     wanted = _chooser(model, include, exclude)
     guests = _guests(model)
     layers: list[ConvertedLayer] = []
-    done: set[int] = set()  # modules inside models that a guest converts as a whole
-    for guest in guests:
-        for name, part in _whole_models(model, guest):
-            layers += guest.convert_model(name, part, wanted, example_inputs, lie_options)
-            done |= {id(m) for m in part.modules()}
-    drop_ins = _drop_ins(guests)
-    for name, module, parent in _with_parents(model):
-        if id(module) not in done:
-            layers += _convert_module(name, module, parent, drop_ins, wanted, lie_options)
-    report = ConversionReport(tuple(layers))
-    if not any(layer.outcome in ("converted", "already converted") for layer in layers):
-        raise ConversionError(_nothing(report))
+    try:
+        done = _convert_all(model, guests, wanted, example_inputs, lie_options, layers)
+        report = ConversionReport(tuple(layers))
+        if not any(layer.outcome in ("converted", "already converted") for layer in layers):
+            raise ConversionError(_nothing(report))
+        if example_inputs is not None:
+            _verify(
+                model, example_inputs, [name for name in report.converted if id(model.get_submodule(name)) not in done]
+            )
+    except BaseException:
+        names = {layer.name for layer in layers if layer.outcome == "converted"}
+        _restore_all(model, guests, lambda name: name in names)
+        raise
     _close_nested_path(model)
-    if example_inputs is not None:
-        _verify(model, example_inputs, [name for name in report.converted if id(model.get_submodule(name)) not in done])
     return report
 
 
@@ -172,23 +171,50 @@ def restore_attention(model: nn.Module) -> ConversionReport:
         >>> restore_attention(model).converted, type(model).__name__
         ([''], 'MultiheadAttention')
     """
-    layers: list[ConvertedLayer] = []
-    guests = _guests(model)
-    for guest in guests:
-        for name, part in _whole_models(model, guest):
-            layers += guest.restore_model(name, part)
-    drop_ins = tuple(_drop_ins(guests).values())
-    for name, module, _ in _with_parents(model):
-        converted: Any = module
-        if type(module) in drop_ins and getattr(module, "lie", None) is not None:
-            converted.drop()
-            converted.__class__ = type(converted).plain
-            layers.append(ConvertedLayer(name, type(module).__name__, "restored"))
-        if isinstance(module, nn.TransformerEncoder) and module.__dict__.pop("_lie_nested", False):
-            module.use_nested_tensor = True
+    layers = _restore_all(model, _guests(model), lambda name: True)
     if not layers:
         raise ConversionError("model: expected one that convert_attention has converted, got none; nothing to restore")
     return ConversionReport(tuple(layers))
+
+
+def _convert_all(
+    model: nn.Module,
+    guests: list[Any],
+    wanted: Callable[[str], str | None],
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
+    options: dict[str, Any],
+    layers: list[ConvertedLayer],
+) -> set[int]:
+    """Add what became of each module to ``layers``; return the modules that a guest has converted as part of a whole."""
+    done: set[int] = set()
+    for guest in guests:
+        for name, part in _whole_models(model, guest):
+            layers += guest.convert_model(name, part, wanted, example_inputs, options)
+            done |= {id(m) for m in part.modules()}
+    drop_ins = _drop_ins(guests)
+    for name, module, parent in _with_parents(model):
+        if id(module) not in done:
+            layers += _convert_module(name, module, parent, drop_ins, wanted, options)
+    return done
+
+
+def _restore_all(model: nn.Module, guests: list[Any], chosen: Callable[[str], bool]) -> list[ConvertedLayer]:
+    layers: list[ConvertedLayer] = []
+    for guest in guests:
+        for name, part in _whole_models(model, guest):
+            if any(chosen(f"{name}.{inner}" if name else inner) for inner, _ in part.named_modules()):
+                layers += guest.restore_model(name, part)
+    drop_ins = tuple(_drop_ins(guests).values())
+    for name, module, _ in _with_parents(model):
+        converted: Any = module
+        if type(module) in drop_ins and getattr(module, "lie", None) is not None and chosen(name):
+            converted.drop()
+            converted.__class__ = type(converted).plain
+            layers.append(ConvertedLayer(name, type(module).__name__, "restored"))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and not any(type(m) in drop_ins for m in module.modules()):
+            module.use_nested_tensor |= module.__dict__.pop("_lie_nested", False)
+    return layers
 
 
 def _convert_module(

@@ -111,18 +111,16 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         self.carry(flow if reason is None else None)
 
     @staticmethod
-    def why_not(module: nn.Module, parent: nn.Module | None) -> str | None:
+    def why_not(module: Any, parent: nn.Module | None) -> str | None:
         """Why torch's module stays softmax attention, None if it need not."""
-        assert isinstance(module, nn.MultiheadAttention)
         if isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is module:
             return "cross-attention: only time 0 exists"
         reason = why_not_square(module)
         return None if reason is None else f"{reason}: S is not square, only time 0 exists"
 
     @staticmethod
-    def flow_of(module: nn.Module, **options: Any) -> LieFlow:
+    def flow_of(module: Any, **options: Any) -> LieFlow:
         """A flow of the module's sizes, dtype and device."""
-        assert isinstance(module, nn.MultiheadAttention)
         weight = module.out_proj.weight
         return LieFlow(module.num_heads, module.head_dim, device=weight.device, dtype=weight.dtype, **options)
 

@@ -180,7 +180,11 @@ def test_pitfall_9_no_fused_path_goes_around_it(monkeypatch):
         convert_attention(module)
         moved(module)
         seen = []
-        hooks = [m.register_forward_hook(lambda *_: seen.append(1)) for m in module.modules() if isinstance(m, LieFlow)]
+        hooks = [
+            m.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            for m in module.modules()
+            if isinstance(m, LieFlow)
+        ]
         expected = call(module.train())
         assert len(seen) == len(hooks) > 0, name
         modes = itertools.product([True, False], [torch.enable_grad, torch.no_grad, torch.inference_mode])
