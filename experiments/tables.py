@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.report import benchmark_tables
+from experiments.drop_in.report import drop_in_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
@@ -43,9 +44,9 @@ def fill_tables(path: Path, output: Path) -> bool:
     """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
 
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
-    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of the recovery, ``rate_recovery``.
+    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or ``rate_recovery`` or ``drop_in``.
     """
-    text, others = path.read_text(), benchmark_tables(output) | recovery_tables(output)
+    text, others = path.read_text(), benchmark_tables(output) | recovery_tables(output) | drop_in_tables(output)
 
     def fill(match: re.Match[str]) -> str:
         results = load_results(output, match[2]) if match[2] in EXPERIMENTS else {}
@@ -187,4 +188,4 @@ def _provenance(experiment: str, results: Results) -> str:
 
 def readmes() -> list[Path]:
     """Files of the repository that hold tables."""
-    return [ROOT.parent / "README.md", *sorted(ROOT.glob("*/README.md"))]
+    return [ROOT.parent / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT.parent / "docs").glob("*.md"))]

@@ -25,6 +25,7 @@ _EXPERIMENTS = {
     "draw": "experiments.draw",
     "bench": "experiments.benchmarks.bench",
     "recover": "experiments.rate_recovery.run",
+    "drop-in": "experiments.drop_in.run",
 }
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
@@ -34,6 +35,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
   liegroup-attn compare [--help]    train every variant side by side, then the table and figures (from a clone)
   liegroup-attn bench [--help]      time and memory beside the competitors, table and figure (from a clone)
   liegroup-attn recover [--help]    find a known generator again from transition counts, table and figure (from a clone)
+  liegroup-attn drop-in [--help]    convert models of several libraries and measure what must hold, table (from a clone)
   liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
 """
 

@@ -280,7 +280,7 @@ class LieFlow(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         time = state_dict.get(f"{prefix}time")
         # A step may have left the interval a little; what is far outside was learned with another one.
-        if time is not None and not time.is_meta and not bool((time <= 1.5 * self.max_time).all()):
+        if time is not None and not time.is_meta and not bool((time <= 1.1 * self.max_time).all()):
             args[-1].append(
                 f"{prefix}time: expected values in [0, max_time={self.max_time:g}], got up to {float(time.max()):g}; "
                 "convert with the max_time it was trained with"
