@@ -77,7 +77,7 @@ class ConvertAttention(L.Callback):
                 "callbacks: expected no ConvertAttention beside a module with LieConversion, got both; leave the callback out"
             )
         try:
-            report = convert_attention(pl_module, **self.options)  # type: ignore[arg-type]
+            report = convert_attention(pl_module, **self.options)
         except ConversionError as error:
             if not is_overridden("configure_model", pl_module):
                 raise

@@ -82,8 +82,9 @@ class FineTune(L.LightningModule):
         self.save_hyperparameters(ignore=["model", "teacher"])
         _check(model, trainable, teacher, alpha, temperature)
         if teacher == "softmax":
-            teacher = copy.deepcopy(model)
-            restore_attention(teacher)
+            softmax = copy.deepcopy(model)
+            restore_attention(softmax)
+            teacher = softmax
         # In a list it is no submodule: not in state_dict, parameters or checkpoints, not wrapped by DDP.
         self._teacher = [teacher.requires_grad_(False).eval()] if isinstance(teacher, nn.Module) else []
         self.model = model
