@@ -2,7 +2,10 @@
 
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
+from liegroup_attn.lightning.conversion import LieConversion, load_converted
+from liegroup_attn.lightning.convert_callback import ConvertAttention
 from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
+from liegroup_attn.lightning.finetune import FineTune
 from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.images import ImageClassifier
 from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
@@ -13,11 +16,14 @@ from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
     "ByteCorpus",
+    "ConvertAttention",
     "Digits",
     "ExactResume",
+    "FineTune",
     "GeneratorMonitor",
     "ImageClassifier",
     "LanguageModel",
+    "LieConversion",
     "ManifoldGuard",
     "ManifoldPrecision",
     "RandomForests",
@@ -27,6 +33,7 @@ __all__ = [
     "TokenClassifier",
     "TransitionCounts",
     "build_optimizer",
+    "load_converted",
     "replicate",
     "warmup_cosine",
 ]

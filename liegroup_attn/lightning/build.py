@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD
 from liegroup_attn.manifolds import ManifoldTensor, restore
+from liegroup_attn.nn import LieFlow
 
 __all__ = ["build_optimizer", "warmup_cosine"]
 
@@ -24,11 +25,13 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.95),
     *,
     manifold_learning_rate: float | None = None,
+    lie_learning_rate: float | None = None,
     optimizer: Callable[..., Optimizer] | None = None,
 ) -> Optimizer:
     """One optimizer for a module: AdamW without manifold parameters, else ``RiemannianAdamW``; or one of your choice.
 
-    Groups: matrices decay; norms, biases and embeddings do not; parameters on a manifold never do. Declared parameters
+    Groups: matrices decay; norms, biases and embeddings do not; parameters on a manifold, and those of flows that
+    ``convert_attention`` has put in (a group of their own), never do. Declared parameters
     that have become plain ones are first made manifold parameters again, see ``manifolds.restore``.
 
     Args:
@@ -38,6 +41,8 @@ def build_optimizer(
         betas: of Adam.
         manifold_learning_rate: ≥ 0, of parameters on a manifold; None is ``learning_rate``, 0 keeps them as they are.
             Steps there are measured by the manifold's metric.
+        lie_learning_rate: ≥ 0, of the flows (``nn.LieFlow``) in a converted model; None is ``learning_rate``. They start
+            at 0 and have to move by about 1, while weights that are trained already move little.
         optimizer: ``RiemannianSGD`` or ``RiemannianAdamW``, or a ``functools.partial`` of one that sets its options;
             called with the groups and ``lr``. None chooses Adam as said above, with ``betas``.
 
@@ -45,7 +50,7 @@ def build_optimizer(
         The optimizer; both kinds of Adam make the same steps on free parameters.
 
     Raises:
-        ValueError: ``manifold_learning_rate`` negative; another optimizer than those named.
+        ValueError: ``manifold_learning_rate`` or ``lie_learning_rate`` negative; another optimizer than those named.
 
     Example:
         >>> [len(g["params"]) for g in build_optimizer(nn.Linear(2, 2), 1e-3).param_groups]
@@ -57,20 +62,24 @@ def build_optimizer(
 
     Source: [Loshchilov2019]_, [Kochurov2020]_.
     """
-    if manifold_learning_rate is not None and not manifold_learning_rate >= 0:
-        raise ValueError(
-            f"manifold_learning_rate: expected a number ≥ 0, got {manifold_learning_rate}; None is learning_rate, 0 keeps points as they are"
-        )
+    for name, rate in (("manifold", manifold_learning_rate), ("lie", lie_learning_rate)):
+        if rate is not None and not rate >= 0:
+            raise ValueError(
+                f"{name}_learning_rate: expected a number ≥ 0, got {rate}; None is learning_rate, 0 keeps points as they are"
+            )
     restore(module)
-    on_manifold, matrices, others = _sort_parameters(module)
+    on_manifold, matrices, others, of_flows = _sort_parameters(module)
     key = "decay" if on_manifold or optimizer is not None else "weight_decay"
     groups: list[dict[str, Any]] = [
-        {"params": params, key: decay}
-        for params, decay in ((matrices, weight_decay), (others, 0.0), (on_manifold, 0.0))
+        {"params": params, key: decay} | ({} if rate is None else {"lr": rate})
+        for params, decay, rate in (
+            (matrices, weight_decay, None),
+            (others, 0.0, None),
+            (on_manifold, 0.0, manifold_learning_rate),
+            (of_flows, 0.0, lie_learning_rate),
+        )
         if params
     ]
-    if on_manifold and manifold_learning_rate is not None:
-        groups[-1]["lr"] = manifold_learning_rate
     if optimizer is not None:
         built = optimizer(groups, lr=learning_rate)
         if not isinstance(built, RiemannianAdamW | RiemannianSGD):
@@ -84,20 +93,24 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
-def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Those on a manifold, matrices, and the others."""
+def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], ...]:
+    """Those on a manifold, matrices, the others, and those of flows in a converted model."""
+    flowing = {id(p) for m in module.modules() if isinstance(m, LieFlow) for p in m.parameters()}
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    on_manifold, matrices, others = [], [], []
+    on_manifold: list[nn.Parameter] = []
+    matrices, others, of_flows = on_manifold.copy(), on_manifold.copy(), on_manifold.copy()
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
         if isinstance(parameter, ManifoldTensor):
             on_manifold.append(parameter)
+        elif id(parameter) in flowing:
+            of_flows.append(parameter)
         elif parameter.dim() >= 2 and id(parameter) not in embeddings:
             matrices.append(parameter)
         else:
             others.append(parameter)
-    return on_manifold, matrices, others
+    return on_manifold, matrices, others, of_flows
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, floor: float = 0.1) -> LambdaLR:

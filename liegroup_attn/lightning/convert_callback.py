@@ -1,0 +1,109 @@
+"""Lie attention in somebody else's LightningModule: the callback, for configs and trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from liegroup_attn.errors import ConversionError
+from liegroup_attn.lightning.conversion import LieConversion
+from liegroup_attn.lightning.stored_flows import LIE_NAME, check_law, fit_state, plain_options, refuse_resume
+from liegroup_attn.nn import LieFlow, convert_attention
+
+__all__ = ["ConvertAttention"]
+
+
+class ConvertAttention(L.Callback):
+    """Convert the attention of whatever module is trained: a convenience for configs and trials.
+
+    It converts in ``setup``, before the optimizer is made and a checkpoint is loaded, logs the report once, and leaves
+    alone what is converted already; give it for every stage. Resuming works. Where it ends: a module that is built in
+    ``configure_model`` comes too late, and ``TheirModule.load_from_checkpoint`` knows nothing of callbacks and finds
+    names it does not expect: use :func:`load_converted`, or the mixin :class:`LieConversion`, which has neither limit.
+
+    Args:
+        include: patterns of module paths to convert; default all.
+        exclude: patterns of module paths to leave as they are.
+        time: initial t per head.
+        max_time: upper end of the learned time.
+        learn_time: learn t per head.
+        learn_rates: learn jump rates per token and head.
+        rate: initial ρ.
+        first_hop: the query first jumps to a token, then the chain runs.
+        clock: name of the law of the time, such as ``"ErlangClock(3)"``; null is fixed.
+        tol: largest probability of hops beyond those computed.
+        allow_open_mask: accept masks that are not transitively closed.
+        from_plain: let ``validate``, ``test`` and ``predict`` take a checkpoint without any flow, and start with fresh ones.
+
+    Raises:
+        ConversionError: nothing to convert, or a checkpoint that does not fit.
+
+    Example:
+        >>> ConvertAttention(exclude="decoder.*", clock="ExponentialClock").options["exclude"]
+        'decoder.*'
+    """
+
+    def __init__(
+        self,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        *,
+        time: float = 0.0,
+        max_time: float = 1.0,
+        learn_time: bool = True,
+        learn_rates: bool = True,
+        rate: float = 0.5,
+        first_hop: bool = True,
+        clock: str | None = None,
+        tol: float = 1e-3,
+        allow_open_mask: bool = False,
+        from_plain: bool = False,
+    ) -> None:
+        given: dict[str, Any] = {"include": include, "exclude": exclude, "time": time, "max_time": max_time}
+        given |= {"learn_time": learn_time, "learn_rates": learn_rates, "rate": rate, "first_hop": first_hop}
+        given |= {"clock": clock, "tol": tol, "allow_open_mask": allow_open_mask}
+        self.options = plain_options(given)
+        LieFlow(1, 1, **{k: v for k, v in given.items() if k not in ("include", "exclude")})  # wrong ones end here
+        self.from_plain = from_plain
+        self._check: Any = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if isinstance(pl_module, LieConversion):
+            raise ConversionError(
+                "callbacks: expected no ConvertAttention beside a module with LieConversion, got both; leave the callback out"
+            )
+        try:
+            report = convert_attention(pl_module, **self.options)
+        except ConversionError as error:
+            if not is_overridden("configure_model", pl_module):
+                raise
+            raise ConversionError(
+                f"{error}\nWhat configure_model builds comes after this callback: class Mine(LieConversion, "
+                f"{type(pl_module).__name__}) converts it"
+            ) from None
+        if report.converted:
+            rank_zero_info(str(report))
+        self._check = pl_module.register_load_state_dict_pre_hook(self._fit)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lie_attention"] = self.options
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        check_law(checkpoint.get("lie_attention"), self.options)
+        if not any(map(LIE_NAME.search, checkpoint.get("state_dict", {"lie.time": None}))):
+            refuse_resume(trainer, checkpoint, "load its state_dict into the module before")
+
+    def _fit(self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        if not prefix:
+            fit_state(
+                module, state, self.from_plain, "load its state_dict into the module before fit, or set from_plain"
+            )

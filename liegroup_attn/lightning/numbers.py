@@ -1,0 +1,117 @@
+"""The monitor's numbers: a table from name to what is computed of one attention. A new one is one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.algebra import detailed_balance_residual, mixing_time, spectral_gap
+from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.metrics import attention_entropy, exit_rates, expected_hops, row_stochasticity_error
+
+if TYPE_CHECKING:
+    from liegroup_attn.lightning.diagnosis import Look
+
+__all__ = ["CHEAP", "NUMBERS", "chosen_numbers"]
+
+Number = Callable[["Look"], Tensor | None]  # None: this attention has none
+
+
+def of_mixing(function: Callable[[Tensor], Tensor]) -> Number:
+    """Mean of a function of P, (B, H, N, N) → any shape."""
+    return lambda look: function(look.mixing).mean()
+
+
+def of_mixing_and_chain(function: Callable[[Tensor, Tensor], Tensor]) -> Number:
+    """Mean of a function of P and S."""
+    return lambda look: None if look.chain is None else function(look.mixing, look.chain.float()).mean()
+
+
+def of_generator(function: Callable[[Tensor], Tensor]) -> Number:
+    """Mean of a function of Q over the matrices for which it is defined, NaN if for none."""
+
+    def number(look: Look) -> Tensor | None:
+        if not look.flows:
+            return None
+        found = [_or_nan(function, matrix) for matrix in look.flows["Q"].flatten(0, -3)]
+        return torch.stack(found).nanmean()
+
+    return number
+
+
+# Names behind "lie/<module>/". Cheap: O(N²) beside P itself, but for expected_hops, one exponential of N × N.
+NUMBERS: dict[str, Number] = {
+    "time": lambda look: None if look.time is None else look.time.mean(),
+    "exit_rate": lambda look: _sum([exit_rates(q).mean() for q in look.flows.values()]),
+    "expected_hops": lambda look: _hops(look),
+    "entropy": of_mixing(attention_entropy),
+    "row_error": lambda look: row_stochasticity_error(look.mixing).max(),
+    "off_manifold": lambda look: look.outside,
+    # of P, in float64, O(N³):
+    # "effective_rank": of_mixing(effective_rank),
+    # "sink_mass": of_mixing(sink_mass),
+    # "distance_to_softmax": of_mixing_and_chain(distance_to_softmax),
+    # of Q, in float64, O(N³), matrix by matrix:
+    # "stationary_mass": of_generator(stationary_mass),
+    "spectral_gap": of_generator(spectral_gap),
+    "mixing_time": of_generator(mixing_time),
+    "detailed_balance_residual": of_generator(detailed_balance_residual),
+}
+CHEAP = ("time", "exit_rate", "expected_hops", "entropy", "row_error")
+
+
+def chosen_numbers(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names: None is the cheap ones, "all" all, else those given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if metrics is None:
+        return CHEAP
+    if metrics == "all":
+        return tuple(NUMBERS)
+    given = [metrics] if isinstance(metrics, str) else list(metrics)
+    if unknown := [name for name in given if name not in NUMBERS]:
+        raise ValueError(f'metrics: expected "all" or names of {list(NUMBERS)}, got {unknown}; choose among them')
+    return tuple(given)
+
+
+def _hops(look: Look) -> Tensor | None:
+    """Mean number of moves along all flows, the first hop included."""
+    if look.time is None:
+        return None
+    time = look.time.squeeze(-1)  # (H,)
+    total = _sum([_moves(q, time, look.clock.resolvents).mean() for q in look.flows.values()])
+    return None if total is None else total + float(look.first_hop)
+
+
+def _moves(generator: Tensor, time: Tensor, resolvents: int | None) -> Tensor:
+    """Expected moves from every token, (…, H, N); of an Erlang clock those of its stages, one after the other."""
+    if resolvents is None or resolvents == 1:
+        return expected_hops(generator, time, exponential=resolvents == 1)
+    stage = time.double() / resolvents
+    of_one = expected_hops(generator.double(), stage, exponential=True)[..., None]  # (…, H, N, 1)
+    eye = torch.eye(generator.size(-1), dtype=torch.float64, device=generator.device)
+    onward = eye - generator.double() * stage[..., None, None]  # (…, H, N, N)
+    total = moves = of_one
+    for _ in range(resolvents - 1):
+        moves = torch.linalg.solve(onward, moves)
+        total = total + moves
+    return total[..., 0].to(generator.dtype)
+
+
+def _or_nan(function: Callable[[Tensor], Tensor], generator: Tensor) -> Tensor:
+    """Of one (N, N), whose rows sum to 0 anew, as those from half precision do not."""
+    rates = generator.double().clamp_min(0).fill_diagonal_(0)
+    try:
+        return function(rates - torch.diag(rates.sum(-1)))
+    except (GeneratorError, ConvergenceError):  # several closed classes, as with padding; or NaN
+        return torch.full((), math.nan, dtype=torch.float64, device=generator.device)
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    return torch.stack(parts).sum() if parts else None

@@ -1,0 +1,83 @@
+"""What a checkpoint says of flows, beside what a model has: options as plain values, names, clocks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from liegroup_attn.clocks import clock_from
+from liegroup_attn.errors import ConversionError
+from liegroup_attn.nn import LieFlow
+
+__all__ = ["LIE_NAME", "check_law", "fit_state", "plain_options", "refuse_resume"]
+
+LIE_NAME = re.compile(r"(?:^|\.)lie\.(?:time|rate_weight|rate_bias)$")
+
+
+def plain_options(options: Any, where: str = "lie_attention") -> Any:
+    """A copy of options that a checkpoint can hold: a dict, or False."""
+    if where == "lie_attention" and options in (True, None):
+        return {}
+    if isinstance(options, list | tuple):
+        return [plain_options(value, f"{where}[{i}]") for i, value in enumerate(options)]
+    if isinstance(options, dict):
+        return {str(key): plain_options(value, f"{where}[{key!r}]") for key, value in options.items()}
+    if options is None or type(options) in (str, bool, int, float):
+        return options
+    raise ConversionError(
+        f"{where}: expected strings, numbers, lists and dicts, got {type(options).__name__}; a checkpoint would not load: "
+        'name a clock as in "ErlangClock(3)", and call nn.convert_attention yourself for the rest'
+    )
+
+
+def _law(options: Any) -> tuple[Any, ...] | None:
+    """What a flow computes that neither names nor values of its parameters tell."""
+    if not isinstance(options, dict):
+        return None
+    return options.get("first_hop", True), repr(clock_from(options.get("clock") or "FixedClock"))
+
+
+def check_law(stored: Any, own: Any) -> None:
+    """Raise unless both options, where both convert, mean the same clock and first hop."""
+    first, second = _law(stored), _law(own)
+    if first is not None and second is not None and first != second:
+        raise ConversionError(
+            f"checkpoint: expected flows with (first_hop, clock) = {second}, got {first}; convert with lie_attention={stored}"
+        )
+
+
+def fit_state(module: nn.Module, state: dict[str, Tensor], from_plain: bool, remedy: str) -> bool:
+    """Check that a checkpoint has this module's flows; with ``from_plain`` fill them in where it has none (True)."""
+    flows = [(n, m) for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, LieFlow)]
+    own = {f"{name}.{key}": value for name, flow in flows for key, value in flow.state_dict().items()}
+    given = {name for name in state if name in own or LIE_NAME.search(name)}
+    if given == own.keys():
+        return False
+    if own and not given:
+        if from_plain:
+            state.update({name: value.clone() for name, value in own.items()})
+            return True
+        raise ConversionError(
+            f"checkpoint: expected the parameters of a converted model, got one without any flow; {remedy}"
+        )
+    if not own:
+        raise ConversionError(
+            f"checkpoint: expected the parameters of an unconverted model, got those of {len(given)} flows' "
+            f"({', '.join(sorted(given)[:2])}, …); convert with the options it was trained with"
+        )
+    names = sorted(given ^ own.keys())
+    raise ConversionError(
+        f"checkpoint: expected the flows that the model has, got others; {len(names)} names differ "
+        f"({', '.join(names[:3])}, …); convert with the include, exclude and learn_rates it was trained with"
+    )
+
+
+def refuse_resume(trainer: Any, checkpoint: dict[str, Any], remedy: str) -> None:
+    """A fit would go on with the optimizer's states, which are of other parameters."""
+    if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
+        raise ConversionError(
+            f"ckpt_path: expected a checkpoint of a converted model to resume, got one whose optimizer knows no flow; {remedy} "
+            "and fit without ckpt_path"
+        )
