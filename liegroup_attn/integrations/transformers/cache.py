@@ -127,7 +127,10 @@ def cache_layer(cache: Cache, module: nn.Module) -> KeptLayer | KeptWindow:
     """
     own, layer = _layer(cache, module)
     if type(layer) in _KEEPING and not own.offloading:
-        layer.__class__ = _KEEPING[type(layer)]
+        plain, kind = layer, _KEEPING[type(layer)]
+        layer = kind.__new__(kind)
+        vars(layer).update(vars(plain))
+        own.layers[module.layer_idx] = layer  # type: ignore[index]
     if not isinstance(layer, KeptLayer | KeptWindow) or own.offloading:
         got = f"{type(own).__name__} of {type(layer).__name__}" + (" with offloading" if own.offloading else "")
         raise CacheError(
