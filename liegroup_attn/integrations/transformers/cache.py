@@ -67,7 +67,9 @@ class _Keeping:
     def iterates(self, flow: LieFlow, batch: int, past: int, like: Tensor) -> Tensor:
         """What was kept of the ``past`` tokens before the new ones, (B, H, P, kept_width)."""
         if past == 0:
-            kept = torch.float64 if like.dtype == torch.float64 else torch.float32  # half precision would round each hop
+            kept = (
+                torch.float64 if like.dtype == torch.float64 else torch.float32
+            )  # half precision would round each hop
             return like.new_empty(batch, flow.num_heads, 0, flow.kept_width, dtype=kept)
         found, windowed = self.lie_past, isinstance(self, DynamicSlidingWindowLayer)
         if found is None or found.size(2) < past or (found.size(2) > past and not windowed) or len(found) != batch:

@@ -40,7 +40,7 @@ def convert_model(
         name: path of the model.
         model: changed in place.
         wanted: path → why a module is not to be converted, or None.
-        example_inputs: for the forwards; default made from the configuration.
+        example_inputs: for the forwards, if the model is the whole; default made from the configuration.
         options: of ``LieFlow``.
 
     Returns:
@@ -56,7 +56,8 @@ def convert_model(
             "to each call"
         )
     before = {path for path, _ in flowing(model)}
-    inputs = dummy_inputs(model) if example_inputs is None else example_inputs
+    # What a larger module takes is not for a model inside it.
+    inputs = dummy_inputs(model) if example_inputs is None or name else example_inputs
     configs = [] if before else _own_configs(model)
     try:
         plain = _plain_implementation(model)
@@ -172,9 +173,15 @@ def _switch_and_record(
 
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Tensor:
     """The first output; of padded tokens, nothing."""
-    found: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    values = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else [found]
-    out = next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
+    try:
+        found: Any = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        values = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else [found]
+        out = next(x for x in values if isinstance(x, Tensor) and x.is_floating_point())
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration) as error:
+        raise ConversionError(
+            f"{type(model).__name__}: expected a forward with {sorted(inputs) if isinstance(inputs, Mapping) else len(inputs)} to work, got "
+            f"{type(error).__name__}: {error}; call convert_attention on this model alone, with example_inputs that it takes"
+        ) from error
     shown = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if isinstance(shown, Tensor) and shown.dim() == 2 and out.shape[:2] == shown.shape:
         out = out[shown.bool()]
