@@ -1,0 +1,27 @@
+"""Hugging Face Transformers: the attention implementation "lie", exact ``generate`` and checkpoints that come back.
+
+``nn.convert_attention`` calls this for models of Transformers. Call ``register()`` before ``from_pretrained`` reads a
+converted model. It needs ``pip install "liegroup-attn[transformers]"``.
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'liegroup_attn.integrations.transformers: expected Hugging Face Transformers, got none; pip install "liegroup-attn[transformers]"'
+    ) from error
+
+from liegroup_attn.integrations.transformers.attention import lie_attention_forward
+from liegroup_attn.integrations.transformers.convert import DROP_INS, WHOLE_MODELS, convert_model, restore_model
+from liegroup_attn.integrations.transformers.loading import register
+from liegroup_attn.integrations.transformers.masks import lie_mask
+
+__all__ = [
+    "DROP_INS",
+    "WHOLE_MODELS",
+    "convert_model",
+    "lie_attention_forward",
+    "lie_mask",
+    "register",
+    "restore_model",
+]

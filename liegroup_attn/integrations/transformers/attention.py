@@ -1,0 +1,252 @@
+"""The attention function of the implementation "lie"."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from liegroup_attn.errors import CacheError, ConversionError, GeneratorError
+from liegroup_attn.integrations.transformers.cache import cache_layer, forget, take_call
+from liegroup_attn.integrations.transformers.masks import closed_mask, is_causal_mask
+from liegroup_attn.nn.flow import LieFlow
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # another release
+    _active_collector = None
+
+__all__ = ["Call", "lie_attention_forward", "recorded_calls"]
+
+# Arguments that change S in ways that are no generator on the tokens alone.
+_REFUSED = ("s_aux", "sinks", "head_mask", "layer_head_mask", "alibi", "indices", "block_indices")
+
+
+class Call(NamedTuple):
+    """One call of the attention function."""
+
+    module: nn.Module
+    num_heads: int
+    head_width: int
+    across: bool  # key tokens are not the query tokens
+    refused: str | None  # an argument that no generator knows
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("lie_calls", default=None)
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """All calls of the attention function inside."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def lie_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a Transformers attention calls under the implementation "lie".
+
+    A module without a flow (excluded, or cross-attention), and one whose time is 0 where no derivative by it is wanted,
+    is softmax attention as ``sdpa`` (with a soft cap, or where weights are wanted, ``eager``) computes it.
+
+    Args:
+        module: the attention; ``module.lie`` is its flow.
+        query: (B, H, N, E).
+        key: (B, H_kv, P + N, E), P tokens of a cache first.
+        value: (B, H_kv, P + N, D).
+        attention_mask: (B, 1, N, P + N) or None.
+        dropout: of entries of S.
+        scaling: of the scores; default 1/√E.
+        is_causal: whether None as a mask means causal; default what the module says.
+        softcap: scores become cap · tanh(score / cap).
+        position_bias: added to the scores.
+        **kwargs: what a model hands over besides.
+
+    Returns:
+        (B, N, H, D), and the mixing matrix (B, H, N, N) if ``output_attentions``, else None.
+
+    Raises:
+        MaskError: a mask through which exp(tQ) would leak.
+        CacheError: a cache without iterates, or one that cannot keep them.
+        GeneratorError: an argument such as attention sinks, of which there is no generator.
+    """
+    refused = next((name for name in _REFUSED if kwargs.get(name) is not None), None)
+    if (calls := _calls.get()) is not None:
+        calls.append(Call(module, query.size(1), value.size(-1), query.size(2) != key.size(2), refused))
+    cache, need_weights = take_call(module)
+    need_weights = need_weights or _weights_wanted(kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    flow: LieFlow | None = getattr(module, "lie", None)
+    if flow is None or (flow.first_hop and flow.is_still()):
+        forget(cache, module) if flow is not None else None
+        kwargs |= {} if softcap is None else {"softcap": softcap}
+        kwargs |= {} if position_bias is None else {"position_bias": position_bias}
+        exact = need_weights or softcap is not None or refused is not None
+        plain = _eager if exact else sdpa_attention_forward
+        kwargs.pop("output_attentions", None)
+        found: tuple[Tensor, Tensor | None] = plain(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+        )
+        return found
+    if refused is not None:
+        raise GeneratorError(
+            f"{refused}: expected None while time may pass, got a value in {type(module).__name__}; there is no generator on the tokens "
+            "alone: exclude this layer from the conversion"
+        )
+    causal = causal and attention_mask is None and query.size(2) > 1
+    if not flow.allow_open_mask:
+        closed_mask(attention_mask, module)
+    ordered = is_causal_mask(attention_mask, query.size(2), causal)
+    if softcap is not None or position_bias is not None:
+        query, key, attention_mask = _formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
+        scaling, causal = 1.0, False
+    if cache is not None:
+        mixed, weights = _decode(
+            module, flow, cache, (query, key, value), attention_mask, dropout, scaling, ordered, need_weights
+        )
+    else:
+        if query.size(2) != key.size(2):
+            raise CacheError(
+                f"key: expected the {query.size(2)} tokens of the query, got {key.size(2)} and no DynamicCache that keeps their iterates; "
+                "pass use_cache=False, or exclude this layer from the conversion if it attends across"
+            )
+        mixed, weights = flow(
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            need_weights=need_weights,
+            closed=True,
+        )
+    return mixed.transpose(1, 2).contiguous(), weights
+
+
+def _decode(
+    module: nn.Module,
+    flow: LieFlow,
+    cache: Cache,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    ordered: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Mix new tokens given what a cache keeps of the earlier ones."""
+    query, key, value = qkv
+    past = key.size(2) - query.size(2)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *flow.parameters()))
+    unkept = (
+        "a gradient" if learns else "dropout" if dropout else None if ordered else "a mask that looks ahead"
+    )  # of which no iterates can be kept
+    if past and (unkept or need_weights):
+        raise CacheError(
+            f"cache: expected plain decoding from a cache with {past} tokens, got {unkept or 'output_attentions'}; pass use_cache=False, "
+            "which computes all tokens"
+        )
+    weights = None
+    if unkept or need_weights:
+        how: dict[str, Any] = {"dropout_p": dropout, "is_causal": ordered and mask is None, "scale": scaling}
+        mixed, weights = flow(query, key, value, mask, need_weights=need_weights, closed=True, **how)
+    if unkept:
+        forget(cache, module)
+        return mixed, weights
+    layer = cache_layer(cache, module)
+    before = layer.iterates(flow, len(query), past, value)
+    mixed, kept = flow.extend(query, key, value[:, :, past:], before, mask, scale=scaling)
+    layer.keep(flow, before, kept)
+    return mixed, weights
+
+
+def _formed(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    position_bias: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores that are no plain products of queries and keys, as a float mask over queries and keys of zeros.
+
+    Returns:
+        Zeros (B, H, N, 1) and (B, H_kv, P + N, 1), and the scores (B, H, N, P + N).
+    """
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.repeat_interleave(query.size(1) // key.size(1), 1).mT  # (B, H, N, P + N)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        ahead = ahead.triu(1 + key.size(2) - query.size(2))
+        scores = scores.masked_fill(ahead, -torch.inf)
+    return torch.zeros_like(query[..., :1]), torch.zeros_like(key[..., :1]), scores
+
+
+def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+    """Whether the model was called with ``output_attentions``; not every model tells its attention."""
+    collected = _active_collector.get() if _active_collector is not None else None
+    return bool(kwargs.get("output_attentions")) or any(k.endswith("attentions") for k in collected or ())
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention by the formula in the model's own file."""
+    for cls in type(module).__mro__:
+        if (function := getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)) is not None:
+            break
+    else:
+        raise ConversionError(
+            f"{type(module).__name__}: expected eager_attention_forward beside it, got none; leave out output_attentions"
+        )
+    if mask is None and is_causal and query.size(2) > 1:
+        shape = (query.size(2), key.size(2))
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    found: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return found

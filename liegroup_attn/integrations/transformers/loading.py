@@ -1,0 +1,151 @@
+"""Flows on modules of a model, by what its configuration says; and ``from_pretrained`` that reads them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from liegroup_attn.errors import ConversionError
+from liegroup_attn.integrations.transformers.attention import lie_attention_forward
+from liegroup_attn.integrations.transformers.cache import note_call
+from liegroup_attn.integrations.transformers.masks import lie_mask
+from liegroup_attn.nn.flow import LieFlow
+
+__all__ = ["NAME", "attach", "detach", "flowing", "register", "written"]
+
+NAME = "lie"
+
+
+def register() -> None:
+    """Make Transformers know the attention implementation "lie", and ``from_pretrained`` the models converted to it.
+
+    Attention and mask function are registered together: without the second one padding would be seen. From then on a
+    model whose ``config.lie_attention`` says so gets its flows when it is made, before weights are loaded. Calling it
+    again changes nothing.
+
+    Example:
+        >>> from transformers import AttentionInterface
+        >>> register()
+        >>> "lie" in AttentionInterface().valid_keys()
+        True
+    """
+    AttentionInterface.register(NAME, lie_attention_forward)
+    AttentionMaskInterface.register(NAME, lie_mask)
+    if not hasattr(PreTrainedModel.post_init, "_lie"):
+        PreTrainedModel.post_init = _with_flows(PreTrainedModel.post_init)
+        PreTrainedModel.from_pretrained = classmethod(_with_check(PreTrainedModel.from_pretrained.__func__))
+
+
+def attach(model: nn.Module, spec: dict[str, Any]) -> None:
+    """Give modules of a model their flows.
+
+    Args:
+        model: of which the paths are.
+        spec: ``layers`` path → (heads, head width), and ``options`` of the flows.
+    """
+    options = spec["options"]
+    for path, (num_heads, head_width) in spec["layers"].items():
+        module = model.get_submodule(path)
+        if isinstance(getattr(module, "lie", None), LieFlow):
+            continue
+        like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), None)
+        where = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        module.lie = LieFlow(num_heads, head_width, **options, **where).train(module.training)
+        module.register_forward_pre_hook(note_call, with_kwargs=True)
+
+
+def detach(module: nn.Module) -> None:
+    """Take a flow and its hook out of a module."""
+    del module.lie
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_call]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def flowing(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have a flow."""
+    for name, module in model.named_modules():
+        if isinstance(module._modules.get("lie"), LieFlow):
+            yield name, module
+
+
+def written(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of flows as plain JSON; device and dtype are the module's."""
+    plain = {key: value for key, value in options.items() if key not in ("device", "dtype")}
+    return {key: str(value) if key == "clock" and value is not None else value for key, value in plain.items()}
+
+
+def _with_flows(post_init: Any) -> Any:
+    @wraps(post_init)
+    def wrapped(self: PreTrainedModel) -> None:
+        post_init(self)
+        groups = getattr(self.config, "lie_attention", None)
+        if groups and _attach_all(self, groups["flows"]):
+            self.set_attn_implementation(NAME)
+
+    wrapped._lie = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _attach_all(model: PreTrainedModel, flows: list[dict[str, Any]]) -> bool:
+    """Attach what a configuration names in this model, with its head or without; whether there was anything."""
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    any_found = False
+    for spec in flows:
+        found = {}
+        for path, sizes in spec["layers"].items():
+            ways = (path, path.removeprefix(prefix), prefix + path)
+            if (here := next((way for way in ways if way in names), None)) is not None:
+                found[here] = sizes
+        attach(model, {**spec, "layers": found})
+        any_found |= bool(found)
+    return any_found
+
+
+def _with_check(from_pretrained: Any) -> Any:
+    """After loading: flows whose weights the checkpoint lacks start anew, and flows that fit nowhere are told about."""
+
+    @wraps(from_pretrained)
+    def wrapped(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
+        groups = getattr(model.config, "lie_attention", None)
+        if groups:
+            _start_missing(model, info["missing_keys"])
+            wanted = sum(len(spec["layers"]) for spec in groups["flows"])
+            found = sum(1 for _ in flowing(model))
+            if not found:
+                raise ConversionError(
+                    f"{cls.__name__}: expected modules {list(groups['flows'][0]['layers'])}, which config.lie_attention names, got none of "
+                    "them; load the class that was converted, or its base model"
+                )
+            if found < wanted:
+                warnings.warn(f"{found} of {wanted} converted layers are part of {cls.__name__}", stacklevel=2)
+        return (model, info) if output_loading_info else model
+
+    return wrapped
+
+
+@torch.no_grad()
+def _start_missing(model: PreTrainedModel, missing: Any) -> None:
+    for name, module in flowing(model):
+        flow: LieFlow = module.lie  # type: ignore[assignment]
+        fresh = _fresh(model, flow, name)
+        for key, tensor in (*flow.named_parameters(), *flow.named_buffers()):
+            if f"{name}.lie.{key}" in missing:
+                tensor.copy_(fresh[key])
+
+
+def _fresh(model: PreTrainedModel, flow: LieFlow, name: str) -> dict[str, torch.Tensor]:
+    """Start values of a flow, by the options in the configuration."""
+    for spec in model.config.lie_attention["flows"]:
+        if any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for path in spec["layers"]):
+            return LieFlow(flow.num_heads, flow.head_width, **spec["options"]).state_dict()
+    return LieFlow(flow.num_heads, flow.head_width).state_dict()
