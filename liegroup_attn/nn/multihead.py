@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -89,10 +90,10 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         self.carry(flow if reason is None else None)
 
     @staticmethod
-    def why_not(module: nn.Module, parent: nn.Module | None) -> str | None:
+    def why_not(module: nn.Module, parents: Sequence[nn.Module]) -> str | None:
         """Why torch's module stays softmax attention, None if it need not."""
         assert isinstance(module, nn.MultiheadAttention)
-        if isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is module:
+        if any(isinstance(p, nn.TransformerDecoderLayer) and p.multihead_attn is module for p in parents[:1]):
             return "cross-attention: only time 0 exists"
         reason = why_not_square(module)
         return None if reason is None else f"{reason}: S is not square, only time 0 exists"
