@@ -41,6 +41,8 @@ DOORS = {
     "torchdiffeq": ("experiments",),
     "triton": ("liegroup_attn.expm.kernels",),
     "transformers": ("liegroup_attn.integrations", "experiments"),
+    "x_transformers": ("liegroup_attn.integrations", "experiments"),
+    "litgpt": ("liegroup_attn.integrations", "experiments"),
 }
 
 

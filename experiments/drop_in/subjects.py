@@ -28,7 +28,7 @@ TOKENS, CUT, PADS = 9, 6, 3  # N; from where tokens change; how many of the seco
 PROMPT, NEW, VOCABULARY = 5, 8, 64
 WIDTH, HEADS = 32, 4
 
-CONVERSION = {"max_time": 2.0}  # of every conversion
+CONVERSION: dict[str, Any] = {"max_time": 2.0}  # of every conversion
 
 Inputs = dict[str, Any]
 

@@ -32,7 +32,7 @@ class DropIn(Protocol):
     plain: ClassVar[type[nn.Module]]  # what it is exchanged for
 
     @staticmethod
-    def why_not(module: Any, parent: nn.Module | None) -> str | None: ...
+    def why_not(module: Any, parents: Sequence[nn.Module]) -> str | None: ...  # the nearest first
     @staticmethod
     def flow_of(module: Any, **options: Any) -> LieFlow: ...
     def carry(self, flow: LieFlow) -> None: ...
@@ -192,9 +192,9 @@ def _convert_all(
             layers += guest.convert_model(name, part, wanted, example_inputs, options)
             done |= {id(m) for m in part.modules()}
     drop_ins = _drop_ins(guests)
-    for name, module, parent in _with_parents(model):
+    for name, module, parents in _with_parents(model):
         if id(module) not in done:
-            layers += _convert_module(name, module, parent, drop_ins, wanted, options)
+            layers += _convert_module(name, module, parents, drop_ins, wanted, options)
     return done
 
 
@@ -220,7 +220,7 @@ def _restore_all(model: nn.Module, guests: list[Any], chosen: Callable[[str], bo
 def _convert_module(
     name: str,
     module: nn.Module,
-    parent: nn.Module | None,
+    parents: Sequence[nn.Module],
     drop_ins: dict[type[nn.Module], Any],
     wanted: Callable[[str], str | None],
     options: dict[str, Any],
@@ -233,7 +233,7 @@ def _convert_module(
         if isinstance(module, tuple(drop_ins)):
             return [ConvertedLayer(name, kind.__name__, "kept", "a subclass, whose forward may be another")]
         return []
-    reason = wanted(name) or drop_in.why_not(module, parent)
+    reason = wanted(name) or drop_in.why_not(module, parents)
     if reason is not None:
         return [ConvertedLayer(name, kind.__name__, "kept", reason)]
     flow = drop_in.flow_of(module, **options)
@@ -285,11 +285,11 @@ def _whole_models(model: nn.Module, guest: Any) -> Iterator[tuple[str, nn.Module
             yield name, module
 
 
-def _with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Every module once, by its first path."""
+def _with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, Sequence[nn.Module]]]:
+    """Every module once, by its first path, and those that it is inside of, the nearest first."""
     for name, module in list(model.named_modules()):
-        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-        yield name, module, parent
+        path = name.split(".") if name else []
+        yield name, module, [model.get_submodule(".".join(path[:i])) for i in reversed(range(len(path)))]
 
 
 def _close_nested_path(model: nn.Module) -> None:

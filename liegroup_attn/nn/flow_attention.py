@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ class FlowAttention(SoftmaxAttention):
     lie: LieFlow
 
     @staticmethod
-    def why_not(module: Any, parent: nn.Module | None) -> str | None:
+    def why_not(module: Any, parents: Sequence[nn.Module]) -> str | None:
         """None: any can be converted."""
         return None
 

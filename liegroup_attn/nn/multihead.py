@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -111,9 +112,9 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         self.carry(flow if reason is None else None)
 
     @staticmethod
-    def why_not(module: Any, parent: nn.Module | None) -> str | None:
+    def why_not(module: Any, parents: Sequence[nn.Module]) -> str | None:
         """Why torch's module stays softmax attention, None if it need not."""
-        if isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is module:
+        if any(isinstance(p, nn.TransformerDecoderLayer) and p.multihead_attn is module for p in parents[:1]):
             return "cross-attention: only time 0 exists"
         reason = why_not_square(module)
         return None if reason is None else f"{reason}: S is not square, only time 0 exists"
