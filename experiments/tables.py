@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.benchmarks.report import benchmark_tables
 from experiments.drop_in.report import drop_in_tables
+from experiments.fine_tune.report import fine_tune_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
@@ -44,9 +45,9 @@ def fill_tables(path: Path, output: Path) -> bool:
     """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
 
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
-    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or ``rate_recovery`` or ``drop_in``.
+    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of ``rate_recovery``, ``drop_in`` or ``fine_tune``.
     """
-    text, others = path.read_text(), benchmark_tables(output) | recovery_tables(output) | drop_in_tables(output)
+    text, others = path.read_text(), _other_tables(output)
 
     def fill(match: re.Match[str]) -> str:
         results = load_results(output, match[2]) if match[2] in EXPERIMENTS else {}
@@ -57,6 +58,11 @@ def fill_tables(path: Path, output: Path) -> bool:
     if filled != text:
         path.write_text(filled)
     return filled != text
+
+
+def _other_tables(output: Path) -> dict[str, str]:
+    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables
+    return {name: text for of in tables for name, text in of(output).items()}
 
 
 def accuracy_at_depths(run: dict[str, Any], test_set: str, scale: str = "time x1") -> list[float]:

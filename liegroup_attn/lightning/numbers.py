@@ -11,7 +11,16 @@ from torch import Tensor
 
 from liegroup_attn.algebra import detailed_balance_residual, mixing_time, spectral_gap
 from liegroup_attn.errors import ConvergenceError, GeneratorError
-from liegroup_attn.metrics import attention_entropy, exit_rates, expected_hops, row_stochasticity_error
+from liegroup_attn.metrics import (
+    attention_entropy,
+    distance_to_softmax,
+    effective_rank,
+    exit_rates,
+    expected_hops,
+    row_stochasticity_error,
+    sink_mass,
+    stationary_mass,
+)
 
 if TYPE_CHECKING:
     from liegroup_attn.lightning.diagnosis import Look
@@ -52,11 +61,11 @@ NUMBERS: dict[str, Number] = {
     "row_error": lambda look: row_stochasticity_error(look.mixing).max(),
     "off_manifold": lambda look: look.outside,
     # of P, in float64, O(N³):
-    # "effective_rank": of_mixing(effective_rank),
-    # "sink_mass": of_mixing(sink_mass),
-    # "distance_to_softmax": of_mixing_and_chain(distance_to_softmax),
+    "effective_rank": of_mixing(effective_rank),
+    "sink_mass": of_mixing(sink_mass),
+    "distance_to_softmax": of_mixing_and_chain(distance_to_softmax),
     # of Q, in float64, O(N³), matrix by matrix:
-    # "stationary_mass": of_generator(stationary_mass),
+    "stationary_mass": of_generator(stationary_mass),
     "spectral_gap": of_generator(spectral_gap),
     "mixing_time": of_generator(mixing_time),
     "detailed_balance_residual": of_generator(detailed_balance_residual),

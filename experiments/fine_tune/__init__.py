@@ -1,0 +1,1 @@
+"""What time adds to a model that was trained with softmax attention."""

@@ -1,0 +1,111 @@
+"""Table and figures of the fine-tuning from its JSON alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.fine_tune.figures import figures
+
+__all__ = ["FOLDER", "VARIANTS", "fine_tune_tables", "load", "report"]
+
+FOLDER = "fine_tune"
+_FIXED, _EXPONENTIAL = {"max_time": 2.0}, {"max_time": 2.0, "clock": "ExponentialClock"}
+# name → title, options of the conversion, what is trained; in the order of tables and legends
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "softmax": ("softmax", {"learn_time": False, "learn_rates": False}, "all"),
+    "fixed": ("S exp(tQ)", _FIXED, "all"),
+    "exponential": ("S (I − tQ)⁻¹", _EXPONENTIAL, "all"),
+    "fixed_lie": ("S exp(tQ), flows alone", _FIXED, "lie"),
+    "exponential_lie": ("S (I − tQ)⁻¹, flows alone", _EXPONENTIAL, "lie"),
+}
+Results = dict[str, list[dict[str, Any]]]
+
+
+def load(output: Path) -> Results:
+    """Variant → its runs by seed.
+
+    Raises:
+        ValueError: results of several settings.
+    """
+    found: Results = {}
+    for variant in VARIANTS:
+        paths = (output / FOLDER / "results").glob(f"{variant}-seed*.json")
+        runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["seed"])
+        if runs:
+            found[variant] = runs
+    if len({json.dumps(run["setting"], sort_keys=True) for runs in found.values() for run in runs}) > 1:
+        raise ValueError(
+            f"{FOLDER}: expected results of one setting, got several in {output}; delete the outdated files or choose "
+            "another --output"
+        )
+    return found
+
+
+def report(output: Path) -> list[Path]:
+    """Write table.md and figures/*.png beside the results; returns what was written."""
+    results, folder = load(output), output / FOLDER
+    if not results:
+        return []
+    written = [folder / "table.md"]
+    written[0].write_text("\n".join(fine_tune_tables(output).values()))
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures(results, {name: title for name, (title, _, _) in VARIANTS.items()}).items():
+        written.append(folder / "figures" / f"{name}.png")
+        figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+    return written
+
+
+def fine_tune_tables(output: Path) -> dict[str, str]:
+    """Markdown by the name of its marker."""
+    results = load(output)
+    if not results:
+        return {}
+    header = [
+        "variant",
+        "trained parameters",
+        "validation nats per byte: before",
+        "after",
+        "test nats per byte",
+        "time t",
+        "CPU s",
+    ]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
+    for variant, runs in results.items():
+        times = [t for run in runs for head in run["times"].values() for t in head]
+        cells = [
+            VARIANTS[variant][0],
+            f"{runs[0]['parameters']:,}",
+            _spread([run["validation"][0][1] for run in runs]),
+            _spread([run["validation"][-1][1] for run in runs]),
+            _spread([run["test_loss"] for run in runs]),
+            "0" if not any(times) else f"{statistics.fmean(times):.2f} ({min(times):.2f}–{max(times):.2f})",
+            _spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return {"fine_tune": "\n".join(lines) + f"\n\n{_provenance(results)}\n"}
+
+
+def _spread(values: Sequence[float], form: str = "{:.4f}") -> str:
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _provenance(results: Results) -> str:
+    runs = [run for group in results.values() for run in group]
+    setting, seeds = runs[0]["setting"], sorted({run["seed"] for run in runs})
+
+    def each(key: str, name: str) -> str:
+        return ", ".join(sorted({str(run[key][name]) for run in runs}))
+
+    return (
+        f"mean ± s.d. over seeds {', '.join(map(str, seeds))} (time: mean over layers, heads and seeds, least–most); "
+        f"{setting['model']['name']} of width {setting['model']['n_embd']}, {setting['pretrain_steps']} steps with softmax, "
+        f"then {setting['steps']} more; corpus {setting['corpus']}, sha256 {each('data', 'sha256')[:12]}…; "
+        f"{each('hardware', 'name')}, {each('hardware', 'threads')} thread; torch {each('versions', 'torch')}, transformers "
+        f"{each('versions', 'transformers')}; {', '.join(sorted({run['date'] for run in runs}))}. Written by `liegroup-attn "
+        "fine-tune` from `results/*.json`."
+    )
