@@ -157,16 +157,17 @@ class GeneratorMonitor(L.Callback):
         return watch
 
     def _draw(self, trainer: L.Trainer, found: dict[str, dict[str, Tensor]]) -> None:
-        if self._folder is None or not found:
+        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        takers = [experiment.add_figure for experiment in experiments if hasattr(experiment, "add_figure")]
+        if self._folder is None and not takers:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         for name, panels in found.items():
             figure, _ = plot_matrices(panels)
-            figure.savefig(self._folder / f"{name}.png", dpi=150)
-            for logger in trainer.loggers:
-                draw = getattr(getattr(logger, "experiment", None), "add_figure", None)
-                if draw is not None:
-                    draw(f"lie/{name}", figure, global_step=self._step)
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(self._folder / f"{name}.png", dpi=150)
+            for take in takers:
+                take(f"lie/{name}", figure, global_step=self._step)
 
     def _inputs(self, model: nn.Module, tokens: Tensor) -> list[tuple[SelfAttention, Tensor]]:
         try:
