@@ -110,7 +110,7 @@ def test_no_token_sees_the_future(case):
 
 
 @pytest.mark.parametrize("case", PADDED, ids=str)
-def test_padding_is_not_seen(case):
+def test_23_padding_is_not_seen(case):
     """PITFALLS 23: without a mask function of its own name padding leaks. Right padding; its tokens change nothing."""
     model, _ = converted(case, 0.8)
     inputs = case.inputs()
@@ -264,10 +264,27 @@ def test_a_cropped_cache_goes_on_exactly(name):
     model(input_ids=ids[:, :6], cache=cache, use_cache=True)
     cache.crop(0)
     model(input_ids=other[:, 6:9], cache=cache, use_cache=True)
+    assert all(layer.lie_past.shape[:3] == (2, 4, layer.keys.size(2)) for layer in cache.layers)
     cache.crop(-2)
     text = torch.cat([ids[:, :6], other[:, 6:7], ids[:, 7:9]], 1)
     found = [model(input_ids=ids[:, i : i + 1], cache=cache, use_cache=True).logits for i in (7, 8)]
     close(torch.cat(found, 1), model(input_ids=text, use_cache=False).logits[:, 7:], 1e-4)
+
+
+@torch.no_grad()
+def test_a_window_keeps_the_iterates_of_its_tokens():
+    model, _ = converted(BY_NAME["mistral window"], 0.8)
+    cache = hf.DynamicCache(config=model.config)
+    for i in range(8):
+        model(input_ids=ids_of(2, 8)[:, i : i + 1], cache=cache, use_cache=True)
+        assert all(layer.lie_past.size(2) == layer.keys.size(2) == min(i + 1, 3) for layer in cache.layers)
+    for _, module in flowing(model):  # a step of softmax attention: nothing goes on from what was kept before it
+        module.lie.time_scale = 0.0
+    model(input_ids=ids_of(2, 1), cache=cache, use_cache=True)
+    for _, module in flowing(model):
+        module.lie.time_scale = 1.0
+    with pytest.raises(CacheError, match="got none"):
+        model(input_ids=ids_of(2, 1), cache=cache, use_cache=True)
 
 
 @torch.no_grad()
@@ -377,6 +394,8 @@ def test_05_an_open_window_is_refused():
     case = BY_NAME["mistral window"]
     model, _ = converted(case, 0.8, allow_open_mask=False)
     short, long = case.inputs(2, 4), case.inputs(2, 7)
+    with torch.no_grad():  # nothing is hidden yet
+        close(steps(model, case, short["input_ids"], [3, 1], new_cache(model, case)), logits(model, **short), 1e-4)
     assert torch.isfinite(logits(model, **short)).all()
     for run in (logits, lambda m, **x: m(**x).logits):
         with pytest.raises(MaskError, match=r"layer 0.*exclude"):
@@ -408,8 +427,7 @@ def test_05_a_mask_of_ones_own_is_looked_at_once(monkeypatch):
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)
     both = logits(model, input_ids=ids, position_ids=packed, use_cache=False)
     close(both[:, 3:], logits(model, input_ids=ids[:, 3:]), 2e-5)
-    assert len(looked) <= 1
-    looked.clear()
+    assert not looked
     blocks = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().tril()[None, None]
     own = logits(model, input_ids=ids, position_ids=packed, attention_mask=blocks, use_cache=False)
     close(own, both, 2e-5)
@@ -453,7 +471,7 @@ def test_gradient_checkpointing(name, reentrant):
             model, _ = converted(case, time)
             model.train()
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model(**case.inputs()).logits.square().mean().backward()
             grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
         assert grads[0].keys() == grads[1].keys()
@@ -658,7 +676,7 @@ def test_an_attention_that_means_something_else_is_refused(monkeypatch):
 
 
 def test_converting_leaves_modes_and_random_states_alone():
-    model = BY_NAME["gpt2"].build()
+    model = BY_NAME["gpt2"].build(resid_pdrop=0.5)
     model.train()
     model.transformer.h[0].eval()
     state = torch.get_rng_state()
@@ -740,6 +758,6 @@ def test_learning_moves_time_away_from_0():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert any((module.lie.time > 0).any() for _, module in flowing(model))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +11,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from liegroup_attn.errors import CacheError, ConversionError, GeneratorError
+from liegroup_attn.errors import CacheError, GeneratorError
 from liegroup_attn.integrations.transformers.cache import cache_layer, forget, take_call
 from liegroup_attn.integrations.transformers.masks import closed_mask, is_causal_mask
+from liegroup_attn.integrations.transformers.scores import eager, formed, weights_wanted
 from liegroup_attn.nn.flow import LieFlow
-
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # another release
-    _active_collector = None
 
 __all__ = ["Call", "lie_attention_forward", "recorded_calls"]
 
@@ -39,18 +33,18 @@ class Call(NamedTuple):
     refused: str | None  # an argument that no generator knows
 
 
-_calls: ContextVar[list[Call] | None] = ContextVar("lie_calls", default=None)
+_listeners: list[list[Call]] = []  # plain, since torch.compile cannot read a ContextVar
 
 
 @contextmanager
 def recorded_calls() -> Iterator[list[Call]]:
     """All calls of the attention function inside."""
     calls: list[Call] = []
-    token = _calls.set(calls)
+    _listeners.append(calls)
     try:
         yield calls
     finally:
-        _calls.reset(token)
+        _listeners.pop()
 
 
 def lie_attention_forward(
@@ -93,18 +87,19 @@ def lie_attention_forward(
         GeneratorError: an argument such as attention sinks, of which there is no generator.
     """
     refused = next((name for name in _REFUSED if kwargs.get(name) is not None), None)
-    if (calls := _calls.get()) is not None:
-        calls.append(Call(module, query.size(1), value.size(-1), query.size(2) != key.size(2), refused))
+    if _listeners:
+        _listeners[-1].append(Call(module, query.size(1), value.size(-1), query.size(2) != key.size(2), refused))
     cache, need_weights = take_call(module)
-    need_weights = need_weights or _weights_wanted(kwargs)
+    need_weights = need_weights or weights_wanted(kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     flow: LieFlow | None = getattr(module, "lie", None)
     if flow is None or (flow.first_hop and flow.is_still()):
-        forget(cache, module) if flow is not None else None
+        if flow is not None:
+            forget(cache, module)
         kwargs |= {} if softcap is None else {"softcap": softcap}
         kwargs |= {} if position_bias is None else {"position_bias": position_bias}
         exact = need_weights or softcap is not None or refused is not None
-        plain = _eager if exact else sdpa_attention_forward
+        plain = eager if exact else sdpa_attention_forward
         kwargs.pop("output_attentions", None)
         found: tuple[Tensor, Tensor | None] = plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
@@ -120,7 +115,7 @@ def lie_attention_forward(
         closed_mask(attention_mask, module)
     ordered = is_causal_mask(attention_mask, query.size(2), causal)
     if softcap is not None or position_bias is not None:
-        query, key, attention_mask = _formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
+        query, key, attention_mask = formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
         scaling, causal = 1.0, False
     if cache is not None:
         mixed, weights = _decode(
@@ -181,72 +176,3 @@ def _decode(
     mixed, kept = flow.extend(query, key, value[:, :, past:], before, mask, scale=scaling)
     layer.keep(flow, before, kept)
     return mixed, weights
-
-
-def _formed(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    position_bias: Tensor | None,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores that are no plain products of queries and keys, as a float mask over queries and keys of zeros.
-
-    Returns:
-        Zeros (B, H, N, 1) and (B, H_kv, P + N, 1), and the scores (B, H, N, P + N).
-    """
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.repeat_interleave(query.size(1) // key.size(1), 1).mT  # (B, H, N, P + N)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if position_bias is not None:
-        scores = scores + position_bias
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        ahead = ahead.triu(1 + key.size(2) - query.size(2))
-        scores = scores.masked_fill(ahead, -torch.inf)
-    return torch.zeros_like(query[..., :1]), torch.zeros_like(key[..., :1]), scores
-
-
-def _weights_wanted(kwargs: dict[str, Any]) -> bool:
-    """Whether the model was called with ``output_attentions``; not every model tells its attention."""
-    collected = _active_collector.get() if _active_collector is not None else None
-    return bool(kwargs.get("output_attentions")) or any(k.endswith("attentions") for k in collected or ())
-
-
-def _eager(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention by the formula in the model's own file."""
-    for cls in type(module).__mro__:
-        if (function := getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)) is not None:
-            break
-    else:
-        raise ConversionError(
-            f"{type(module).__name__}: expected eager_attention_forward beside it, got none; leave out output_attentions"
-        )
-    if mask is None and is_causal and query.size(2) > 1:
-        shape = (query.size(2), key.size(2))
-        mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])[None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    found: tuple[Tensor, Tensor | None] = function(
-        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    return found

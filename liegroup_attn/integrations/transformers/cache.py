@@ -100,7 +100,7 @@ class KeptWindow(_Keeping, DynamicSlidingWindowLayer):
     """``DynamicSlidingWindowLayer`` with iterates, of the tokens in its window."""
 
 
-_KEEPING: dict[type, type] = {DynamicLayer: KeptLayer, DynamicSlidingWindowLayer: KeptWindow}
+_KEEPING: dict[type, Any] = {DynamicLayer: KeptLayer, DynamicSlidingWindowLayer: KeptWindow}
 
 
 def settings(flow: LieFlow) -> tuple[object, ...]:
@@ -130,9 +130,9 @@ def cache_layer(cache: Cache, module: nn.Module) -> KeptLayer | KeptWindow:
     own, layer = _layer(cache, module)
     if type(layer) in _KEEPING and not own.offloading:
         plain, kind = layer, _KEEPING[type(layer)]
-        layer = kind.__new__(kind)
+        layer = object.__new__(kind)
         vars(layer).update(vars(plain))
-        own.layers[module.layer_idx] = layer  # type: ignore[index]
+        own.layers[module.layer_idx] = layer
     if not isinstance(layer, KeptLayer | KeptWindow) or own.offloading:
         got = f"{type(own).__name__} of {type(layer).__name__}" + (" with offloading" if own.offloading else "")
         raise CacheError(

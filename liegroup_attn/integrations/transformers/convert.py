@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.integrations.transformers.attention import Call, recorded_calls
+from liegroup_attn.integrations.transformers.configs import configs, own_configs, plain_implementation, undo
 from liegroup_attn.integrations.transformers.inputs import dummy_inputs, example
 from liegroup_attn.integrations.transformers.loading import NAME, attach, detach, flowing, register, written
 from liegroup_attn.nn.convert import ConvertedLayer
@@ -58,20 +58,21 @@ def convert_model(
     before = {path for path, _ in flowing(model)}
     # What a larger module takes is not for a model inside it.
     inputs = dummy_inputs(model) if example_inputs is None or name else example_inputs
-    configs = [] if before else _own_configs(model)
+    held = [] if before else own_configs(model)
     try:
-        plain = _plain_implementation(model)
+        plain = plain_implementation(model)
         calls = _switch_and_record(model, inputs, lambda path: wanted(_join(name, path)))
-        layers, spec = _sort(name, model, calls, wanted, before)
-        if spec:
-            attach(model, spec := {"layers": spec, "options": written(options)})
+        layers, sizes = _sort(name, model, calls, wanted, before)
+        if sizes:
+            spec = {"layers": sizes, "options": written(options)}
+            attach(model, spec)
             said = getattr(model.config, "lie_attention", None) or {"flows": [], "plain": plain}
             model.config.lie_attention = {**said, "flows": [*said["flows"], spec]}
     except BaseException:
-        _undo(configs)
+        undo(held)
         raise
-    if not spec and not before:
-        _undo(configs)
+    if not sizes and not before:
+        undo(held)
     return layers
 
 
@@ -91,7 +92,7 @@ def restore_model(name: str, model: PreTrainedModel) -> list[ConvertedLayer]:
         layers.append(ConvertedLayer(_join(name, path), type(module).__name__, "restored"))
     said = getattr(model.config, "lie_attention", None)
     if said is not None:
-        for config in {id(config): config for _, _, config in _configs(model)}.values():
+        for config in {id(config): config for _, _, config in configs(model)}.values():
             vars(config).pop("lie_attention", None)
         model.set_attn_implementation(said["plain"])
     return layers
@@ -99,40 +100,6 @@ def restore_model(name: str, model: PreTrainedModel) -> list[ConvertedLayer]:
 
 def _join(name: str, path: str) -> str:
     return f"{name}.{path}" if name and path else name or path
-
-
-def _configs(model: nn.Module) -> list[tuple[nn.Module, str, PreTrainedConfig]]:
-    return [
-        (module, key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if isinstance(value, PreTrainedConfig)
-    ]
-
-
-def _own_configs(model: nn.Module) -> list[tuple[nn.Module, str, PreTrainedConfig]]:
-    """Copies of all configurations for this model alone, one for each object; what they were, to undo it."""
-    held = _configs(model)
-    copies: dict[int, Any] = {}  # deepcopy's memo: what was one object stays one
-    for module, key, config in held:
-        setattr(module, key, copy.deepcopy(config, copies))
-    return held
-
-
-def _undo(configs: list[tuple[nn.Module, str, PreTrainedConfig]]) -> None:
-    for module, key, config in configs:
-        setattr(module, key, config)
-
-
-def _plain_implementation(model: PreTrainedModel) -> str | dict[str, Any]:
-    """What ``set_attn_implementation`` has to be told to have it as it is now."""
-
-    def of(config: PreTrainedConfig) -> str | dict[str, Any]:
-        subs = {key: sub for key in config.sub_configs if (sub := getattr(config, key, None)) is not None}
-        own = config._attn_implementation
-        return {"": own, **{key: of(sub) for key, sub in subs.items()}} if subs else own
-
-    return of(model.config)
 
 
 def _switch_and_record(
@@ -213,7 +180,7 @@ def _sort(
     by_module: dict[int, list[Call]] = {}
     for call in calls:
         by_module.setdefault(id(call.module), []).append(call)
-    layers, spec = [], {}
+    layers, sizes = [], {}
     for path, module in model.named_modules():
         own = by_module.get(id(module))
         if own is None:
@@ -232,8 +199,8 @@ def _sort(
         reason = reason or ("cross-attention: only time 0 exists" if across else None)
         reason = reason or (f"{refused}: no generator on the tokens alone" if refused else None)
         if reason is None:
-            spec[path] = [own[0].num_heads, own[0].head_width]
+            sizes[path] = [own[0].num_heads, own[0].head_width]
         layers.append(
             ConvertedLayer(full, kind, "converted" if reason is None else "kept", "" if reason is None else reason)
         )
-    return layers, spec
+    return layers, sizes

@@ -56,7 +56,7 @@ def attach(model: nn.Module, spec: dict[str, Any]) -> None:
         if isinstance(getattr(module, "lie", None), LieFlow):
             continue
         like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), None)
-        where = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
         module.lie = LieFlow(num_heads, head_width, **options, **where).train(module.training)
         module.register_forward_pre_hook(note_call, with_kwargs=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,8 +57,10 @@ def lie_mask(
 
 def _known(function: Callable[..., Any], seen: int | None) -> _Known:
     """What is known of a mask function over the first ``seen`` tokens; False = not known."""
-    name = getattr(function, "__qualname__", "").partition(".")[0]
-    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)) if name else {}
+    if not inspect.isfunction(function):
+        return _Known(False, False)
+    name = function.__qualname__.partition(".")[0] if function.__module__ == "transformers.masking_utils" else ""
+    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if name == "and_masks":
         parts = [_known(part, seen) for part in held["mask_functions"].cell_contents]
         return _Known(all(part.closed for part in parts), any(part.causal for part in parts))
