@@ -10,9 +10,8 @@ import torch
 
 hf = pytest.importorskip("transformers")
 
-from hf_cases import BY_NAME, CASES, DECODERS, LLAMA  # noqa: E402
-
 import liegroup_attn.integrations.transformers as lie  # noqa: E402
+from experiments.drop_in.hf_cases import BY_NAME, CASES, DECODERS, LLAMA  # noqa: E402
 from liegroup_attn.errors import CacheError, ConversionError, GeneratorError, MaskError  # noqa: E402
 from liegroup_attn.integrations.transformers.loading import flowing  # noqa: E402
 from liegroup_attn.nn import convert_attention, restore_attention  # noqa: E402
