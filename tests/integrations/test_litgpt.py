@@ -133,6 +133,8 @@ def test_a_cache_of_nothing_is_refused():
         with pytest.raises(CacheError, match="from position 0"):
             model(x[:, 4:5], torch.tensor([4]), 5)
         decode(model, x, (4,))
+        with pytest.raises(CacheError, match="from position 0"):  # a gap
+            model(x[:, 6:7], torch.tensor([6]), 7)
         with pytest.raises(CacheError, match="successive"):
             model(x[:, 4:6], torch.tensor([5, 7]), 8)
         with pytest.raises(CacheError, match="all items"):

@@ -183,12 +183,46 @@ def test_every_switch_of_attend_is_known():
     from x_transformers.attend import Attend
 
     known = set(
-        ["self", "dropout", "causal", "heads", "pre_talking_heads", "post_talking_heads", "pre_scale_post_talking_heads", "sparse_topk", "sparse_topk_straight_through", "scale", "qk_norm", "l2_distance", "sigmoid", "gumbel_softmax", "gumbel_softmax_temp", "gumbel_softmax_hard", "cog_signed", "custom_attn_fn", "flash", "softclamp_logits", "logit_softclamp_value", "add_zero_kv", "head_learned_sink", "selective", "hard", "cope", "onnxable", "inverted_attention", "sdp_kwargs", "flash_pack_seq"]
+        [
+            "self",
+            "dropout",
+            "causal",
+            "heads",
+            "pre_talking_heads",
+            "post_talking_heads",
+            "pre_scale_post_talking_heads",
+            "sparse_topk",
+            "sparse_topk_straight_through",
+            "scale",
+            "qk_norm",
+            "l2_distance",
+            "sigmoid",
+            "gumbel_softmax",
+            "gumbel_softmax_temp",
+            "gumbel_softmax_hard",
+            "cog_signed",
+            "custom_attn_fn",
+            "flash",
+            "softclamp_logits",
+            "logit_softclamp_value",
+            "add_zero_kv",
+            "head_learned_sink",
+            "selective",
+            "hard",
+            "cope",
+            "onnxable",
+            "inverted_attention",
+            "sdp_kwargs",
+            "flash_pack_seq",
+        ]
     )
     assert set(inspect.signature(Attend.__init__).parameters) <= known
 
 
 def test_cross_attention_is_kept_where_it_stands():
+    shifted = x_transformer(cross_attend=True, shift_tokens=1)  # wraps its layers
+    assert all("layers.1." in name or "layers.4." in name for name in convert_attention(shifted).kept)
+    assert len(flows(shifted)) == 2
     model = XTransformer(
         dim=16,
         enc_num_tokens=VOCABULARY,
