@@ -25,6 +25,15 @@ class LieCausalSelfAttention(CausalSelfAttention):
     gradient, decoding is LitGPT's own.
 
     Args: those of ``CausalSelfAttention``; the flow's after a conversion.
+
+    Example:
+        >>> from litgpt.config import Config
+        >>> from litgpt.model import GPT
+        >>> from liegroup_attn.nn import convert_attention
+        >>> print(convert_attention(GPT(Config(n_layer=1, n_head=2, n_embd=32, padded_vocab_size=64))))
+        module                class                outcome    why
+        ─────────────────────────────────────────────────────────
+        transformer.h.0.attn  CausalSelfAttention  converted
     """
 
     plain: ClassVar[type[nn.Module]] = CausalSelfAttention

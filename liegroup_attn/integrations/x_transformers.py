@@ -47,6 +47,14 @@ class LieXAttention(Attention):
     ones: that is refused unless time is 0.
 
     Args: those of ``Attention``; the flow's after a conversion.
+
+    Example:
+        >>> from x_transformers import Decoder
+        >>> from liegroup_attn.nn import convert_attention
+        >>> print(convert_attention(Decoder(dim=16, depth=1, heads=2)))
+        module      class      outcome    why
+        ─────────────────────────────────────
+        layers.0.1  Attention  converted
     """
 
     plain: ClassVar[type[nn.Module]] = Attention

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from guest_cases import (
-    LIT_CASES,
+from guest_checks import (
     check_causality,
     check_gradients,
     check_modes,
@@ -11,12 +10,10 @@ from guest_cases import (
     check_restored,
     check_state_dict,
     check_time_zero,
-    flows,
     golden,
-    gpt,
-    moving,
-    tokens,
 )
+
+from experiments.drop_in.guest_cases import LIT_CASES, flows, gpt, moving, tokens
 
 pytest.importorskip("litgpt.model", reason="litgpt is not installed")
 
@@ -133,6 +130,8 @@ def test_a_cache_of_nothing_is_refused():
         with pytest.raises(CacheError, match="from position 0"):
             model(x[:, 4:5], torch.tensor([4]), 5)
         decode(model, x, (4,))
+        with pytest.raises(CacheError, match="from position 0"):  # a gap
+            model(x[:, 6:7], torch.tensor([6]), 7)
         with pytest.raises(CacheError, match="successive"):
             model(x[:, 4:6], torch.tensor([5, 7]), 8)
         with pytest.raises(CacheError, match="all items"):

@@ -4,10 +4,7 @@ import copy
 
 import pytest
 import torch
-from guest_cases import (
-    TOKENS,
-    VOCABULARY,
-    X_CASES,
+from guest_checks import (
     check_causality,
     check_gradients,
     check_modes,
@@ -15,12 +12,10 @@ from guest_cases import (
     check_restored,
     check_state_dict,
     check_time_zero,
-    flows,
     golden,
-    moving,
-    tokens,
-    x_transformer,
 )
+
+from experiments.drop_in.guest_cases import TOKENS, VOCABULARY, X_CASES, flows, moving, tokens, x_transformer
 
 pytest.importorskip("x_transformers", reason="x-transformers is not installed")
 
@@ -220,6 +215,9 @@ def test_every_switch_of_attend_is_known():
 
 
 def test_cross_attention_is_kept_where_it_stands():
+    shifted = x_transformer(cross_attend=True, shift_tokens=1)  # wraps its layers
+    assert all("layers.1." in name or "layers.4." in name for name in convert_attention(shifted).kept)
+    assert len(flows(shifted)) == 2
     model = XTransformer(
         dim=16,
         enc_num_tokens=VOCABULARY,
