@@ -32,7 +32,7 @@ from liegroup_attn.nn import LieFlow, convert_attention
 
 __all__ = ["main"]
 
-SIZES = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 128}
+SIZES = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
 SHOWN = 48  # tokens of the matrices in the figure
 NUMBERS = ["time", "exit_rate", "expected_hops", "entropy", "effective_rank", "distance_to_softmax"]
 
@@ -90,8 +90,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--corpus", default="tinyshakespeare", help="as ByteCorpus takes it; default tinyshakespeare")
     parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
-    parser.add_argument("--pretrain-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=200, help="after the conversion")
+    parser.add_argument("--pretrain-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150, help="after the conversion")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/fine-tune"), help="results, table, figures")
     return parser.parse_args(argv)
@@ -175,7 +175,7 @@ def _train(
         weight_decay=0.01,
         warmup_steps=warmup,
     )
-    sizes = {"context": SIZES["n_positions"], "batch_size": setting["batch_size"], "eval_windows": 256}
+    sizes = {"context": SIZES["n_positions"], "batch_size": setting["batch_size"], "eval_windows": 128}
     data = Pairs(args.corpus, path=args.path, seed=seed, train_windows=steps * setting["batch_size"], **sizes)
     with tempfile.TemporaryDirectory() as logs:
         trainer = L.Trainer(

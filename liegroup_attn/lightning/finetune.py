@@ -159,14 +159,15 @@ class FineTune(L.LightningModule):
 
     def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss, its parts by name, and the logits."""
+        targets = targets_of(batch)
         output = self(batch)
         logits = logits_of(output)
-        task = self.task_loss(output, logits, targets_of(batch))
+        task = self.task_loss(output, logits, targets)
         found = {} if task is None else {"task": task}
         if self._teacher:
             with torch.no_grad():
                 wanted = logits_of(self._call(self._teacher[0], batch))
-            found["kl"] = distillation(logits, wanted, self.hparams.temperature, targets_of(batch))
+            found["kl"] = distillation(logits, wanted, self.hparams.temperature, targets)
         if not found:
             raise ValueError(
                 "batch: expected labels or a teacher, got neither; add labels, or targets as in (inputs, targets)"

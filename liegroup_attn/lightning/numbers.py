@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra import detailed_balance_residual, mixing_time, spectral_gap
+from liegroup_attn.algebra.chains import one_closed_class
 from liegroup_attn.errors import ConvergenceError, GeneratorError
 from liegroup_attn.metrics import (
     attention_entropy,
@@ -114,12 +115,14 @@ def _moves(generator: Tensor, time: Tensor, resolvents: int | None) -> Tensor:
 
 
 def _or_nan(function: Callable[[Tensor], Tensor], generator: Tensor) -> Tensor:
-    """Of one (N, N), whose rows sum to 0 anew, as those from half precision do not."""
+    """Of one (N, N), whose rows sum to 0 anew, as those from half precision do not; NaN for several closed classes."""
     rates = generator.double().clamp_min(0).fill_diagonal_(0)
+    nothing = torch.full((), math.nan, dtype=torch.float64, device=generator.device)
     try:
-        return function(rates - torch.diag(rates.sum(-1)))
-    except (GeneratorError, ConvergenceError):  # several closed classes, as with padding; or NaN
-        return torch.full((), math.nan, dtype=torch.float64, device=generator.device)
+        found = function(rates - torch.diag(rates.sum(-1)))
+    except (GeneratorError, ConvergenceError):  # NaN, or several closed classes
+        return nothing
+    return found.where(one_closed_class(rates), nothing)
 
 
 def _sum(parts: list[Tensor]) -> Tensor | None:

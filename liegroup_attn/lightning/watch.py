@@ -69,7 +69,7 @@ class Watch:
     def _look(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
         on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        # Without its cache: casts of weights that are made here have no gradient, and training would find them there.
+        # Without its cache, where a cast of a weight that has no gradient must not wait for training (older torch keeps it).
         with torch.no_grad(), torch.autocast(device, dtype, on, cache_enabled=False):
             look = self._look_at(module, args, kwargs)
             self.drawn[name] = look.drawn()

@@ -1,0 +1,258 @@
+"""FineTune: flows alone, with a teacher, on batches of either form, and back from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from theirs import CLASSES, TOKENS, WORDS, Classifier, loader, trainer
+from torch import nn
+
+from liegroup_attn.errors import ConversionError
+from liegroup_attn.lightning import FineTune, build_optimizer
+from liegroup_attn.lightning.outputs import distillation
+from liegroup_attn.nn import LieFlow, convert_attention
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+]
+
+
+class Language(nn.Module):
+    """Returns what Transformers' models do."""
+
+    def __init__(self, own_loss: bool = False):
+        super().__init__()
+        self.embedding, self.head, self.own_loss = nn.Embedding(WORDS, 8), nn.Linear(8, WORDS), own_loss
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.encoder(self.embedding(input_ids)))
+        if not self.own_loss or labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+class Bare(Language):
+    """Takes no labels, returns a tensor."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids)["logits"]
+
+
+def converted(kind=Classifier, **options) -> nn.Module:
+    torch.manual_seed(0)
+    model = kind(**options)
+    convert_attention(model)
+    return model
+
+
+def dicts(padded: bool = False, items: int = 3) -> torch.utils.data.DataLoader:
+    ids = torch.randint(WORDS, (items, 4, TOKENS), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    if padded:
+        labels[:, :, -2:] = -100
+    return torch.utils.data.DataLoader(
+        [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)], batch_size=None
+    )
+
+
+def flowing(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters() if ".lie." in name}
+
+
+@pytest.mark.parametrize("trainable", ["lie", "all"])
+def test_what_moves_and_what_stays(tmp_path, trainable):
+    tuner = FineTune(converted(), trainable, weight_decay=0.5, learning_rate=1e-2)
+    before = copy.deepcopy(tuner.state_dict())
+    one = trainer(tmp_path, max_steps=3)
+    one.fit(tuner, loader())
+    moved = {name for name, value in tuner.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in flowing(tuner) if name.endswith("time")} <= moved
+    assert moved <= flowing(tuner) if trainable == "lie" else moved > flowing(tuner)
+    assert {n for n, p in tuner.named_parameters() if p.requires_grad} == (
+        flowing(tuner) if trainable == "lie" else set(before)
+    )
+    assert tuner.training
+    assert tuner.model.training == (trainable == "all")
+    held = {id(p) for group in one.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in tuner.parameters() if p.requires_grad}
+
+
+def test_frozen_before_stays_frozen_with_all():
+    model = converted()
+    model.embedding.requires_grad_(False)
+    assert not FineTune(model, "all").model.embedding.weight.requires_grad
+
+
+def test_groups_of_the_optimizer():
+    model = converted()
+    groups = build_optimizer(model, 1e-3, 0.1, lie_learning_rate=0.5).param_groups
+    own = {id(p) for m in model.modules() if isinstance(m, LieFlow) for p in m.parameters()}
+    (lie,) = [g for g in groups if {id(p) for p in g["params"]} & own]
+    assert {id(p) for p in lie["params"]} == own
+    assert (lie["lr"], lie["weight_decay"]) == (0.5, 0.0)
+    assert {g["lr"] for g in groups if g is not lie} == {1e-3}
+    assert build_optimizer(model, 1e-3).param_groups[-1]["lr"] == 1e-3
+    with pytest.raises(ValueError, match="lie_learning_rate: expected a number ≥ 0"):
+        build_optimizer(model, 1e-3, lie_learning_rate=-1.0)
+
+
+def test_at_time_0_the_teacher_is_the_student(tmp_path):
+    tuner = FineTune(converted(dropout=0.3), teacher="softmax", alpha=1.0)
+    assert not any(isinstance(m, LieFlow) for m in tuner.teacher.modules())
+    batch = next(iter(loader()))
+    loss, found, _ = tuner._losses(batch)
+    assert float(found["kl"].detach()) == pytest.approx(0.0, abs=1e-7)
+    torch.testing.assert_close(loss, found["kl"])
+    with torch.no_grad():
+        for flow in (m for m in tuner.model.modules() if isinstance(m, LieFlow)):
+            flow.time.fill_(1.0)
+        assert float(tuner._losses(batch)[1]["kl"]) > 1e-6
+    (logged,) = trainer(tmp_path).validate(tuner, loader(), verbose=False)
+    assert logged["validation/kl"] > 1e-6
+    assert logged["validation/loss"] == pytest.approx(logged["validation/kl"])
+
+
+def test_distilling_brings_the_student_to_the_teacher(tmp_path):
+    """A teacher that flows for some time is found again."""
+    model = converted(dropout=0.0)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for flow in (m for m in teacher.modules() if isinstance(m, LieFlow)):
+            flow.time.fill_(0.8)
+    tuner = FineTune(model, teacher=teacher, alpha=1.0, lie_learning_rate=0.05, temperature=2.0)
+    (before,) = trainer(tmp_path).validate(tuner, loader(), verbose=False)
+    trainer(tmp_path, max_steps=60).fit(tuner, loader())
+    (after,) = trainer(tmp_path).validate(tuner, loader(), verbose=False)
+    assert after["validation/kl"] < 0.2 * before["validation/kl"]
+
+
+def test_the_loss_is_the_stated_mixture():
+    model = converted(dropout=0.0)
+    teacher = nn.Sequential(nn.Embedding(WORDS, CLASSES), Mean())
+    tuner = FineTune(model, teacher=teacher, alpha=0.25, temperature=3.0)
+    words, labels = next(iter(loader()))
+    loss, _, logits = tuner._losses((words, labels))
+    p, q = (x.double().div(3.0).softmax(-1) for x in (teacher(words), logits))
+    kl = 9 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(loss.double(), 0.25 * kl + 0.75 * F.cross_entropy(logits.double(), labels))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_distillation_skips_padding():
+    one, two = torch.randn(2, 2, 5, 7).unbind()
+    targets = torch.tensor([[1, 2, 3, -100, -100], [1, 2, 3, 4, 5]])
+    whole = torch.cat([distillation(one[0, i], two[0, i]).view(1) for i in range(3)])
+    whole = torch.cat([whole, *(distillation(one[1, i], two[1, i]).view(1) for i in range(5))])
+    torch.testing.assert_close(distillation(one, two, targets=targets), whole.mean())
+
+
+@pytest.mark.parametrize("kind", [Language, Bare])
+def test_dicts_and_perplexity(tmp_path, kind):
+    tuner = FineTune(converted(kind))
+    (found,) = trainer(tmp_path).validate(tuner, dicts(padded=True), verbose=False)
+    losses = []
+    for batch in dicts(padded=True):
+        with torch.no_grad():
+            output = tuner.model(batch["input_ids"])
+        logits = output if kind is Bare else output["logits"]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
+    assert found["validation/loss"] == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+    assert found["validation/perplexity"] == pytest.approx(math.exp(float(sum(losses)) / 3), rel=1e-5)
+    assert "validation/accuracy" not in found
+
+
+def test_the_models_own_loss_goes_first():
+    tuner = FineTune(converted(Language, own_loss=True))
+    batch = next(iter(dicts()))
+    output = tuner.model(**batch)
+    assert torch.equal(tuner._losses(batch)[0], output["loss"])
+
+
+def test_what_is_logged(tmp_path):
+    tuner = FineTune(converted(dropout=0.0), teacher="softmax")
+    one = trainer(tmp_path, max_steps=6)  # an epoch
+    one.fit(tuner, loader(), loader())
+    names = {"train/loss", "train/kl", "validation/loss", "validation/kl", "validation/accuracy"}
+    times = {f"time/encoder.layers.{i}.self_attn" for i in range(2)}
+    assert set(one.callback_metrics) == names | times
+    assert one.callback_metrics["time/encoder.layers.0.self_attn"] > 0
+    words, labels = loader().dataset.tensors
+    with torch.no_grad():
+        right = (tuner.model(words).argmax(-1) == labels).float().mean()
+    (found,) = trainer(tmp_path).test(tuner, loader(), verbose=False)
+    assert found["test/accuracy"] == pytest.approx(float(right))
+
+
+def test_the_teacher_is_in_no_checkpoint_and_the_rest_loads(tmp_path):
+    tuner = FineTune(converted(), teacher="softmax", lie_learning_rate=0.02)
+    one = trainer(tmp_path, max_steps=3)
+    one.fit(tuner, loader())
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in tuner.model.state_dict()}
+    assert checkpoint["hyper_parameters"]["lie_learning_rate"] == 0.02
+    assert not {"model", "teacher"} & set(checkpoint["hyper_parameters"])
+    assert not any(parameter.requires_grad for parameter in tuner.teacher.parameters())
+    torch.manual_seed(8)
+    loaded = FineTune.load_from_checkpoint(tmp_path / "a.ckpt", model=converted(), weights_only=True)
+    assert loaded.teacher is None
+    assert loaded.hparams.lie_learning_rate == 0.02
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in tuner.state_dict().items())
+
+
+def test_the_teacher_goes_where_the_model_goes():
+    tuner = FineTune(converted(), teacher="softmax").double()
+    assert {p.dtype for p in tuner.teacher.parameters()} == {torch.float64}
+    tuner.train()
+    assert not tuner.teacher.training
+    assert tuner.teacher not in list(tuner.modules())
+
+
+WRONG = {
+    "unconverted": (
+        lambda: FineTune(Classifier()),
+        ConversionError,
+        r"call liegroup_attn.nn.convert_attention\(model\) first",
+    ),
+    "nothing": (lambda: FineTune(nn.Linear(2, 2)), ConversionError, "got a Linear without any"),
+    "trainable": (lambda: FineTune(converted(), "some"), ValueError, "trainable: expected"),
+    "teacher": (lambda: FineTune(converted(), teacher="lie"), ValueError, "teacher: expected a module"),
+    "alpha": (lambda: FineTune(converted(), alpha=1.5), ValueError, "alpha: expected"),
+    "temperature": (lambda: FineTune(converted(), temperature=0.0), ValueError, "temperature: expected"),
+    "no targets": (
+        lambda: FineTune(converted())._losses((torch.zeros(2, 3).long(),)),
+        ValueError,
+        "expected labels or a teacher",
+    ),
+    "batch": (lambda: FineTune(converted())._losses(torch.zeros(2, 3).long()), ValueError, "batch: expected a dict"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_itself_as_teacher_and_no_logits():
+    model = converted()
+    with pytest.raises(ValueError, match="got the model itself"):
+        FineTune(model, teacher=model)
+
+    class Odd(Classifier):
+        def forward(self, words):
+            return {"scores": super().forward(words)}
+
+    with pytest.raises(ValueError, match="expected a tensor, or an output with logits, got dict"):
+        FineTune(converted(Odd))._losses(next(iter(loader())))
