@@ -113,7 +113,7 @@ def lie_attention_forward(
     causal = causal and attention_mask is None and query.size(2) > 1
     if not flow.allow_open_mask:
         closed_mask(attention_mask, module)
-    ordered = is_causal_mask(attention_mask, query.size(2), causal)
+    ordered = cache is not None and is_causal_mask(attention_mask, query.size(2), causal)
     if softcap is not None or position_bias is not None:
         query, key, attention_mask = formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
         scaling, causal = 1.0, False
