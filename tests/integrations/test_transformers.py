@@ -49,7 +49,7 @@ def logits(model, **inputs):
 
 def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape
-    apart = float((a - b).abs().max())
+    apart = float((a.detach() - b.detach()).abs().max())
     assert apart <= tolerance, apart
 
 
@@ -272,6 +272,20 @@ def test_a_cropped_cache_goes_on_exactly(name):
 
 
 @torch.no_grad()
+def test_a_recorded_window_goes_back_several_steps():
+    model, _ = converted(BY_NAME["mistral window"], 0.8)
+    ids = ids_of(2, 9)
+    cache = hf.DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for part in ids[:, :8].split([5, 1, 1, 1], 1):
+        model(input_ids=part, cache=cache, use_cache=True)
+    cache.crop(-3)
+    text = torch.cat([ids[:, :5], ids[:, 8:]], 1)
+    found = model(input_ids=ids[:, 8:], cache=cache, use_cache=True).logits
+    close(found, model(input_ids=text, use_cache=False).logits[:, 5:], 1e-4)
+
+
+@torch.no_grad()
 def test_a_window_keeps_the_iterates_of_its_tokens():
     model, _ = converted(BY_NAME["mistral window"], 0.8)
     cache = hf.DynamicCache(config=model.config)
@@ -300,6 +314,7 @@ def test_a_cache_moves_with_its_sequences():
     found = model(input_ids=text[:, 7:], cache=copy.deepcopy(cache), use_cache=True).logits
     close(found, model(input_ids=text, use_cache=False).logits[:, 7:], 1e-4)
     cache.reset()
+    assert all(layer.lie_past is None for layer in cache.layers)
     close(
         model(input_ids=text, cache=cache, use_cache=True).logits, model(input_ids=text, use_cache=False).logits, 1e-4
     )
@@ -483,6 +498,11 @@ def test_gradient_checkpointing(name, reentrant):
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_half_precision(name, tmp_path):
     case = BY_NAME[name]
+    plain = case.build().to(torch.bfloat16)
+    before = logits(plain, **case.inputs())
+    convert_attention(plain)
+    close(logits(plain, **case.inputs()), before, 0)
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     model, _ = converted(case, 0.8)
     model.save_pretrained(tmp_path)
     back = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -763,8 +783,11 @@ def test_a_model_inside_another_module():
             self.net = BY_NAME["bert"].build()
             self.own = torch.nn.MultiheadAttention(16, 2)
 
-    task = Task()
-    report = convert_attention(task, exclude="net.bert.encoder.layer.1.*")
+        def forward(self, x, ids):
+            return self.own(x, x, x)[0], self.net(input_ids=ids).logits
+
+    task, x = Task(), torch.randn(3, 5, 16)
+    report = convert_attention(task, exclude="net.bert.encoder.layer.1.*", example_inputs=(x, ids_of()))
     assert report.converted == ["net.bert.encoder.layer.0.attention.self", "own"]
     assert set(restore_attention(task).converted) == set(report.converted)
 

@@ -168,8 +168,7 @@ def _decode(
     if unkept or need_weights:
         how: dict[str, Any] = {"dropout_p": dropout, "is_causal": ordered and mask is None, "scale": scaling}
         mixed, weights = flow(query, key, value, mask, need_weights=need_weights, closed=True, **how)
-    if unkept:
-        forget(cache, module)
+    if unkept:  # and the cache has keys of which it has no iterates: nothing goes on from there
         return mixed, weights
     layer = cache_layer(cache, module)
     before = layer.iterates(flow, len(query), past, value)
