@@ -48,7 +48,7 @@ def logits(model, **inputs):
 
 def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape
-    apart = float((a - b).abs().max())
+    apart = float((a.detach() - b.detach()).abs().max())
     assert apart <= tolerance, apart
 
 
@@ -271,6 +271,20 @@ def test_a_cropped_cache_goes_on_exactly(name):
 
 
 @torch.no_grad()
+def test_a_recorded_window_goes_back_several_steps():
+    model, _ = converted(BY_NAME["mistral window"], 0.8)
+    ids = ids_of(2, 9)
+    cache = hf.DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for part in ids[:, :8].split([5, 1, 1, 1], 1):
+        model(input_ids=part, cache=cache, use_cache=True)
+    cache.crop(-3)
+    text = torch.cat([ids[:, :5], ids[:, 8:]], 1)
+    found = model(input_ids=ids[:, 8:], cache=cache, use_cache=True).logits
+    close(found, model(input_ids=text, use_cache=False).logits[:, 5:], 1e-4)
+
+
+@torch.no_grad()
 def test_a_window_keeps_the_iterates_of_its_tokens():
     model, _ = converted(BY_NAME["mistral window"], 0.8)
     cache = hf.DynamicCache(config=model.config)
@@ -299,6 +313,7 @@ def test_a_cache_moves_with_its_sequences():
     found = model(input_ids=text[:, 7:], cache=copy.deepcopy(cache), use_cache=True).logits
     close(found, model(input_ids=text, use_cache=False).logits[:, 7:], 1e-4)
     cache.reset()
+    assert all(layer.lie_past is None for layer in cache.layers)
     close(
         model(input_ids=text, cache=cache, use_cache=True).logits, model(input_ids=text, use_cache=False).logits, 1e-4
     )
@@ -455,7 +470,8 @@ def test_output_attentions_is_the_mixing_matrix(case):
                 close(weights.sum(-1).detach(), torch.ones(weights.shape[:3]))
                 assert (weights >= -1e-6).all()
     plain, _ = converted(case)
-    reach = [model(**case.inputs(), output_attentions=True) for model in (plain, converted(case, 0.8)[0])]
+    with torch.no_grad():
+        reach = [model(**case.inputs(), output_attentions=True) for model in (plain, converted(case, 0.8)[0])]
     first = [out.attentions if hasattr(out, "attentions") else out.decoder_attentions for out in reach]
     assert float((first[0][0] - first[1][0]).abs().max()) > 1e-3
 
@@ -481,6 +497,11 @@ def test_gradient_checkpointing(name, reentrant):
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_half_precision(name, tmp_path):
     case = BY_NAME[name]
+    plain = case.build().to(torch.bfloat16)
+    before = logits(plain, **case.inputs())
+    convert_attention(plain)
+    close(logits(plain, **case.inputs()), before, 0)
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
     model, _ = converted(case, 0.8)
     model.save_pretrained(tmp_path)
     back = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -571,6 +592,62 @@ def test_plain_weights_start_at_softmax(tmp_path, dtype):
             assert module.lie.max_time == 2.0
         if dtype == torch.float32:
             close(logits(found, **case.inputs()), expected)
+
+
+def test_models_of_several_parts(tmp_path):
+    """Each part's configuration says what is in it, so that a part can be loaded alone."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**size, "vocab_size": 64, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = hf.CLIPModel(
+        hf.CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 4}, projection_dim=16)
+    ).eval()
+    with pytest.raises(ConversionError, match="example_inputs"):
+        convert_attention(model)
+    assert model.config._attn_implementation == "sdpa"
+    inputs = {"input_ids": ids_of(2, 6), "pixel_values": BY_NAME["vit"].inputs()["pixel_values"]}
+    assert len(convert_attention(model, example_inputs=inputs).converted) == 4
+    set_time(model, 0.8)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**inputs)
+        close(hf.CLIPModel.from_pretrained(tmp_path).eval()(**inputs).logits_per_image, expected.logits_per_image)
+        part = hf.CLIPTextModel.from_pretrained(tmp_path).eval()
+        assert len(list(flowing(part))) == 2
+        found = part(input_ids=inputs["input_ids"]).last_hidden_state
+        close(found, expected.text_model_output.last_hidden_state)
+    restore_attention(model)
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    assert all(config._attn_implementation == "sdpa" and not hasattr(config, "lie_attention") for config in configs)
+
+
+def test_values_narrower_than_queries():
+    """Latent attention: keys and values of other widths, one of which is all that is cached."""
+    sizes = {
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6,
+        "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2,
+        "moe_intermediate_size": 16, "n_shared_experts": 1, "num_key_value_heads": 4, "head_dim": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**LLAMA, **sizes})).eval()
+    ids = ids_of(2, 8)
+    before = logits(model, input_ids=ids)
+    convert_attention(model)
+    close(logits(model, input_ids=ids), before)
+    set_time(model, 0.8)
+    with torch.no_grad():
+        cache = hf.DynamicCache(config=model.config)
+        found = [model(input_ids=part, cache=cache, use_cache=True).logits for part in ids.split([5, 1, 1, 1], 1)]
+    close(torch.cat(found, 1), logits(model, input_ids=ids, use_cache=False), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_it_compiles_in_one_graph(name):
+    model, _ = converted(BY_NAME[name], 0.8)
+    inputs = {**BY_NAME[name].inputs(), **({} if name == "bert" else {"use_cache": False})}
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+    close(found.detach(), logits(model, **inputs), 2e-5)
 
 
 def test_flows_that_fit_nowhere_are_told(tmp_path):
@@ -705,8 +782,11 @@ def test_a_model_inside_another_module():
             self.net = BY_NAME["bert"].build()
             self.own = torch.nn.MultiheadAttention(16, 2)
 
-    task = Task()
-    report = convert_attention(task, exclude="net.bert.encoder.layer.1.*")
+        def forward(self, x, ids):
+            return self.own(x, x, x)[0], self.net(input_ids=ids).logits
+
+    task, x = Task(), torch.randn(3, 5, 16)
+    report = convert_attention(task, exclude="net.bert.encoder.layer.1.*", example_inputs=(x, ids_of()))
     assert report.converted == ["net.bert.encoder.layer.0.attention.self", "own"]
     assert set(restore_attention(task).converted) == set(report.converted)
 

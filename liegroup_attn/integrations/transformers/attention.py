@@ -113,7 +113,7 @@ def lie_attention_forward(
     causal = causal and attention_mask is None and query.size(2) > 1
     if not flow.allow_open_mask:
         closed_mask(attention_mask, module)
-    ordered = is_causal_mask(attention_mask, query.size(2), causal)
+    ordered = cache is not None and is_causal_mask(attention_mask, query.size(2), causal)
     if softcap is not None or position_bias is not None:
         query, key, attention_mask = formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
         scaling, causal = 1.0, False
@@ -168,8 +168,7 @@ def _decode(
     if unkept or need_weights:
         how: dict[str, Any] = {"dropout_p": dropout, "is_causal": ordered and mask is None, "scale": scaling}
         mixed, weights = flow(query, key, value, mask, need_weights=need_weights, closed=True, **how)
-    if unkept:
-        forget(cache, module)
+    if unkept:  # and the cache has keys of which it has no iterates: nothing goes on from there
         return mixed, weights
     layer = cache_layer(cache, module)
     before = layer.iterates(flow, len(query), past, value)

@@ -59,15 +59,13 @@ def convert_model(
     # What a larger module takes is not for a model inside it.
     inputs = dummy_inputs(model) if example_inputs is None or name else example_inputs
     held = [] if before else own_configs(model)
+    plain = plain_implementation(model)
     try:
-        plain = plain_implementation(model)
         calls = _switch_and_record(model, inputs, lambda path: wanted(_join(name, path)))
         layers, sizes = _sort(name, model, calls, wanted, before)
         if sizes:
-            spec = {"layers": sizes, "options": written(options)}
-            attach(model, spec)
-            said = getattr(model.config, "lie_attention", None) or {"flows": [], "plain": plain}
-            model.config.lie_attention = {**said, "flows": [*said["flows"], spec]}
+            attach(model, {"layers": sizes, "options": written(options)})
+            _write(model, sizes, written(options), plain)
     except BaseException:
         undo(held)
         raise
@@ -96,6 +94,20 @@ def restore_model(name: str, model: PreTrainedModel) -> list[ConvertedLayer]:
             vars(config).pop("lie_attention", None)
         model.set_attn_implementation(said["plain"])
     return layers
+
+
+def _write(model: PreTrainedModel, sizes: dict[str, list[int]], options: dict[str, Any], plain: Any) -> None:
+    """What was converted, into the configuration; and into those of parts, which may be loaded without the rest."""
+    seen: set[int] = set()
+    for path, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or id(part.config) in seen:
+            continue
+        seen.add(id(part.config))
+        start = f"{path}." if path else ""
+        layers = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
+        if layers:
+            said = getattr(part.config, "lie_attention", None) or {"flows": [], "plain": plain}
+            part.config.lie_attention = {**said, "flows": [*said["flows"], {"layers": layers, "options": options}]}
 
 
 def _join(name: str, path: str) -> str:
