@@ -104,7 +104,7 @@ class GeneratorMonitor(L.Callback):
         watch = self._stop()
         if watch is None:
             return
-        if watch.modules and not watch.drawn and not self._warned:
+        if watch.modules and not watch.drawn and not watch.still and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"GeneratorMonitor: expected a call of {', '.join(watch.modules[:3])} in training, got none that hooks can "

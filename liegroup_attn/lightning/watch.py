@@ -41,6 +41,8 @@ class Watch:
         }
         self.modules = [*self.flows, *layers]
         watched = zip(self.modules, [*flows.values(), *layers.values()], strict=True)
+        # Where time is frozen at 0 there is nothing to see, and softmax may be called without the flow.
+        self.still = not layers and all(flow.is_still() for flow in flows.values())
         self._hooks = [
             module.register_forward_pre_hook(self._hook(name), with_kwargs=True, prepend=False)
             for name, module in watched
