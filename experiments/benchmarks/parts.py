@@ -14,6 +14,14 @@ import torch
 
 from experiments.benchmarks import values
 from experiments.benchmarks.competitors import TOL, Row, attention_rows, small_rows, why_not
+from experiments.benchmarks.conversion import (
+    CONVERSIONS,
+    MODELS,
+    WATCHING,
+    time_conversions,
+    time_monitor,
+    why_no_model,
+)
 from experiments.benchmarks.measure import PHASES, Shape, make_call, make_inputs, peak_memory, time_in_turn
 from liegroup_attn.manifolds import RateMatrices, hold
 from liegroup_attn.nn import AttentionRecipe
@@ -127,6 +135,28 @@ def optimizer(options: Options) -> Iterator[Cell]:
     yield Cell(key, facts, (PLAIN, ON_MANIFOLD), lambda _: _time_steps(options))
 
 
+def conversion(options: Options) -> Iterator[Cell]:
+    """Seconds of a training step of other people's models, as they were and converted; and of watching them."""
+    for model in MODELS:
+        reason = why_no_model(model)
+        facts = {"part": "conversion", "model": model}
+        if reason is not None:
+            yield Cell(f"conversion, {model}", facts, (), lambda _: {"rows": {}}, {model: reason})
+        else:
+            run = partial(_time_conversions, model, options)
+            yield Cell(f"conversion, {model}", facts, tuple(CONVERSIONS), run)
+    watch = partial(_time_monitor, options)
+    yield Cell("monitor", {"part": "monitor"}, WATCHING, watch)
+
+
+def _time_conversions(model: str, o: Options, cells: Cells) -> dict[str, Any]:
+    return time_conversions(model, o.repeats, o.seconds, o.device)
+
+
+def _time_monitor(o: Options, cells: Cells) -> dict[str, Any]:
+    return time_monitor(o.repeats, o.seconds, o.device)
+
+
 _IMPORTS = {"torch": "import torch", "torch, liegroup_attn": "import torch, liegroup_attn"}
 
 
@@ -141,6 +171,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "small": small,
     "decode": decode,
     "optimizer": optimizer,
+    "conversion": conversion,
     "import": imports,
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.benchmarks.competitors import BASE
+from experiments.benchmarks.conversion import PLAIN as UNCONVERTED
+from experiments.benchmarks.conversion import WATCHING
 from experiments.benchmarks.figure import scaling_figure
 from experiments.benchmarks.measure import PHASES
 from experiments.benchmarks.parts import PLAIN
@@ -61,6 +63,8 @@ def render_tables(result: Result) -> dict[str, str]:
         "small": _small(result),
         "decode": _decode(result),
         "optimizer": _steps(result),
+        "conversion": _conversions(result),
+        "monitor": _monitor(result),
         "import": _imports(result),
     }
     found |= {"left_out": _left_out(result), "method": f"{_provenance(result)}\n"}
@@ -165,6 +169,27 @@ def _steps(result: Result) -> str:
                 over = ratio(cell, name, PLAIN)
                 rows.append([name, spread(s).show(1e3), over.show() if over else "–"])
     return _table("One optimizer step.", ["optimizer", "ms", f"over {PLAIN}"], rows)
+
+
+def _conversions(result: Result) -> str:
+    rows = []
+    for cell in find(result, part="conversion"):
+        for name in cell["rows"]:
+            if s := seconds(cell, name):
+                over = ratio(cell, name, UNCONVERTED)
+                rows.append([f"{cell['model']}, {name}", spread(s).show(1e3), over.show() if over else "–"])
+    title = "One training step, batch 8, N = 256, 4 layers of width 256, 8 heads."
+    return _table(title, ["model", "ms", f"over the model {UNCONVERTED}"], rows)
+
+
+def _monitor(result: Result) -> str:
+    rows = []
+    for cell in find(result, part="monitor"):
+        for name in cell["rows"]:
+            if s := seconds(cell, name):
+                over = ratio(cell, name, WATCHING[0])
+                rows.append([name, spread(s).show(), over.show() if over else "–"])
+    return _table("A fit by Lightning, batch 1, the same encoder at t = 0.5.", ["fit", "s", "over that without"], rows)
 
 
 def _imports(result: Result) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.competitors import BASE
+from experiments.benchmarks.conversion import FROZEN, STEPS, WATCHING
+from experiments.benchmarks.conversion import PLAIN as UNCONVERTED
 from experiments.benchmarks.measure import PHASES
 from experiments.benchmarks.parts import ON_MANIFOLD, PLAIN
 from experiments.benchmarks.summary import Result, Spread, attention_cell, find, peak, ratio, seconds, spread
@@ -47,6 +49,7 @@ def targets(result: Result) -> list[Target]:
         *_decode(result),
         *_small(result),
         *_step(result),
+        *_conversion(result),
     ]
 
 
@@ -116,6 +119,15 @@ def _step(result: Result) -> Iterator[Target]:
         size = f"{cell['heads']} heads of {cell['tokens']}×{cell['tokens']} rate matrices"
         what = f"one Riemannian Adam step, {size}: time over AdamW on as many plain parameters"
         yield Target(what, "≤", 4.0, ratio(cell, ON_MANIFOLD, PLAIN), ON_MANIFOLD)
+
+
+def _conversion(result: Result) -> Iterator[Target]:
+    for cell in find(result, part="conversion"):
+        what = f"{cell['model']}, time frozen at 0, training step: time over that of the model as it was"
+        yield Target(what, "≤", 1.1, ratio(cell, FROZEN, UNCONVERTED), FROZEN)
+    for cell in find(result, part="monitor"):
+        what = f"GeneratorMonitor every {STEPS} steps: training time over that without it"
+        yield Target(what, "≤", 1.02, ratio(cell, WATCHING[1], WATCHING[0]), "GeneratorMonitor, its cheap numbers")
 
 
 def _least(cell: dict[str, Any], rows: Sequence[str], base: str) -> tuple[Spread | None, str]:
