@@ -454,7 +454,7 @@ def test_05_a_mask_of_ones_own_is_looked_at_once(monkeypatch):
 # --- weights, checkpointing, precision
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name not in ("modernbert",)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_attentions_is_the_mixing_matrix(case):
     model, _ = converted(case, 0.8)
     for time in (0.8, 0.0):
