@@ -194,4 +194,5 @@ def _provenance(experiment: str, results: Results) -> str:
 
 def readmes() -> list[Path]:
     """Files of the repository that hold tables."""
-    return [ROOT.parent / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT.parent / "docs").glob("*.md"))]
+    pages = [path for path in sorted((ROOT.parent / "docs").glob("*.md")) if _BLOCK.search(path.read_text())]
+    return [ROOT.parent / "README.md", *sorted(ROOT.glob("*/README.md")), *pages]

@@ -20,6 +20,8 @@ DOCUMENTED = (
     "liegroup_attn.expm",
     "liegroup_attn.feature_maps",
     "liegroup_attn.generators",
+    "liegroup_attn.integrations.transformers",
+    "liegroup_attn.integrations.x_transformers",
     "liegroup_attn.lightning",
     "liegroup_attn.lightning.cli",
     "liegroup_attn.lightning.data",

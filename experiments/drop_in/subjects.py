@@ -96,10 +96,11 @@ def features(changed: str = "", padded: bool = False) -> Inputs:
     """(2, N, C) and a padding mask, torch's way: True = ignored."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(2, TOKENS, WIDTH, generator=rng)
+    other = torch.randn(2, TOKENS, WIDTH, generator=rng)  # in another direction, since norms do not see a shift
     if changed == "later":
-        x[:, CUT:] += 1
+        x[:, CUT:] = other[:, CUT:]
     if changed == "padding":
-        x[1, -PADS:] += 1
+        x[1, -PADS:] = other[1, -PADS:]
     ignored = torch.zeros(2, TOKENS, dtype=torch.bool)
     ignored[1, -PADS:] = padded
     return {"x": x, "ignored": ignored if padded else None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liegroup_attn.errors import CacheError, MaskError
 from liegroup_attn.nn.flow import LieFlow
 
-__all__ = ["DROP_INS", "WHOLE_MODELS", "LieCausalSelfAttention"]
+__all__ = ["LieCausalSelfAttention"]
 
 
 class LieCausalSelfAttention(CausalSelfAttention):

@@ -15,7 +15,7 @@ from x_transformers.x_transformers import Attention, AttentionLayers, AttentionP
 from liegroup_attn.errors import CacheError, GeneratorError, ShapeError
 from liegroup_attn.nn.flow import LieFlow
 
-__all__ = ["DROP_INS", "WHOLE_MODELS", "LieXAttend", "LieXAttention"]
+__all__ = ["LieXAttention"]
 
 # Settings of an Attend with which the mixing matrix is not the softmax of scores between the tokens themselves.
 _OTHER_THAN_SOFTMAX = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import bench, fit, parts, summary, targets, values
+from experiments.benchmarks import bench, conversion, fit, parts, summary, targets, values
 from experiments.benchmarks.competitors import BASE, Row, attention_rows, small_rows, why_not
 from experiments.benchmarks.measure import Shape, make_call, make_inputs, time_in_turn
 from experiments.benchmarks.report import benchmark_tables, load, report
@@ -133,6 +133,27 @@ def test_decoding_is_timed_without_its_prompt():
     rows = cell.measure({})["rows"]
     assert set(rows) == set(parts.DECODERS) == set(cell.rows)
     assert all(len(row["seconds"]) == 2 for row in rows.values())
+
+
+def test_conversion_and_monitor(tmp_path, monkeypatch):
+    """Every row of every model is measured, and the targets are ratios of rounds."""
+    for name, size in {"BATCH": 1, "TOKENS": 8, "WIDTH": 16, "DEPTH": 1, "HEADS": 2, "STEPS": 2}.items():
+        monkeypatch.setattr(conversion, name, size)
+    arguments = ["--parts", "conversion", "--label", "conversion", "--repeats", "2", "--threads", "1", "--seconds", "1"]
+    bench.main([*arguments, "--output", str(tmp_path)])
+    (result,) = load(tmp_path).values()
+    cells = {cell.get("model", cell["part"]): cell for cell in result["cells"].values()}
+    assert set(cells) == {*conversion.MODELS, "monitor"}
+    assert set(cells["nn.TransformerEncoder"]["rows"]) == set(conversion.CONVERSIONS)
+    assert all("seconds" in row for cell in cells.values() for row in cell["rows"].values())
+    found = [t for t in targets.targets(result) if t.measured is not None]
+    assert [t.needed for t in found] == [1.1, 1.1, 1.02]
+    cell = cells["nn.TransformerEncoder"]["rows"]
+    pairs = zip(cell[conversion.FROZEN]["seconds"], cell[conversion.PLAIN]["seconds"], strict=True)
+    assert found[0].measured.low == min(a / b for a, b in pairs)
+    tables = benchmark_tables(tmp_path)
+    assert "converted, exponential clock" in tables["conversion_cpu_float32_conversion"]
+    assert "GeneratorMonitor" in tables["monitor_cpu_float32_conversion"]
 
 
 def test_a_part_of_its_own_file(tmp_path):

@@ -12,16 +12,15 @@ except ImportError as error:
     ) from error
 
 from liegroup_attn.integrations.transformers.attention import lie_attention_forward
-from liegroup_attn.integrations.transformers.convert import DROP_INS, WHOLE_MODELS, convert_model, restore_model
+
+# What ``nn.convert_attention`` asks for; not for users.
+from liegroup_attn.integrations.transformers.convert import (  # noqa: F401
+    DROP_INS,
+    WHOLE_MODELS,
+    convert_model,
+    restore_model,
+)
 from liegroup_attn.integrations.transformers.loading import register
 from liegroup_attn.integrations.transformers.masks import lie_mask
 
-__all__ = [
-    "DROP_INS",
-    "WHOLE_MODELS",
-    "convert_model",
-    "lie_attention_forward",
-    "lie_mask",
-    "register",
-    "restore_model",
-]
+__all__ = ["lie_attention_forward", "lie_mask", "register"]
