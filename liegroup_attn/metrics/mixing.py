@@ -83,7 +83,7 @@ def sink_mass(transition: Tensor, sink: int | Iterable[int] | None = None) -> Te
 
 
 def distance_to_softmax(transition: Tensor, jump_chain: Tensor) -> Tensor:
-    """How far a mixing matrix has gone from softmax attention: mean over rows of the total variation, ½ Σ_j |P_ij − S_ij|.
+    """How far a mixing matrix has gone from softmax attention: mean over rows of the total variation, half of Σ_j abs(P_ij − S_ij).
 
     The share of its mass that a token would have to move, on average. 0 at first hop and t = 0, where P is S.
 

@@ -46,7 +46,7 @@ def plot_spectrum(
     Eigenvalues μ of Q = Λ(S − I) lie in the disc with centre −Λ and radius Λ (grey; Λ here the largest exit rate). A
     dashed line marks the spectral gap, the rate at which the slowest mode dies out. With a time, the eigenvalues
     ν = e^{tμ} of P(t) are drawn instead, with the disc's image (grey) in the unit circle, and a dashed circle through
-    the second largest modulus |ν₂|.
+    the second largest modulus, abs ν₂.
 
     Args:
         generators: Q (N, N), several (H, N, N), or name → (N, N); tensors, arrays, lists or ``Generator``.
