@@ -32,9 +32,9 @@ def subjects_of(library: str) -> list[Subject]:
 
         return of_transformers()
     if library in ("x_transformers", "litgpt"):
-        from experiments.drop_in import guests
+        from experiments.drop_in.guests import of_litgpt, of_x_transformers
 
-        return guests.of_x_transformers() if library == "x_transformers" else guests.of_litgpt()
+        return of_x_transformers() if library == "x_transformers" else of_litgpt()
     own: dict[str, Callable[[], list[Subject]]] = {"torch.nn": of_torch, "liegroup_attn": of_liegroup_attn}
     return own[library]()
 

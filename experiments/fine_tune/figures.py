@@ -21,10 +21,10 @@ PANELS = {
 Results = dict[str, list[dict[str, Any]]]
 
 
-def figures(results: Results, titles: dict[str, str]) -> dict[str, Figure]:
+def figures(results: Results, titles: dict[str, str], unit: str) -> dict[str, Figure]:
     """Name → figure, those for which there are results."""
     colors = dict(zip(titles.values(), COLORS, strict=True))
-    found = {"curves": _losses(results, titles, colors), "monitor": _monitor(results, titles, colors)}
+    found = {"curves": _losses(results, titles, colors, unit), "monitor": _monitor(results, titles, colors)}
     for variant, runs in results.items():
         if variant == "softmax":
             continue
@@ -37,14 +37,14 @@ def figures(results: Results, titles: dict[str, str]) -> dict[str, Figure]:
     return found
 
 
-def _losses(results: Results, titles: dict[str, str], colors: dict[str, str]) -> Figure:
+def _losses(results: Results, titles: dict[str, str], colors: dict[str, str], unit: str) -> Figure:
     curves = {}
     for variant, runs in results.items():
         steps = [step for step, _ in runs[0]["validation"]]
         curves[titles[variant]] = (steps, [[loss for _, loss in run["validation"]] for run in runs])
-    return plot_curves(
-        curves, xlabel="steps after the conversion", ylabel="validation loss (nats per byte)", colors=colors
-    )[0]
+    return plot_curves(curves, xlabel="steps after the conversion", ylabel=f"validation loss ({unit})", colors=colors)[
+        0
+    ]
 
 
 def _monitor(results: Results, titles: dict[str, str], colors: dict[str, str]) -> Figure:
@@ -66,9 +66,6 @@ def _monitor(results: Results, titles: dict[str, str], colors: dict[str, str]) -
 
 
 def _matrices(stored: dict[str, Any]) -> Figure:
-    tokens = [{" ": "␣", "\n": "⏎"}.get(c, c) for c in stored["text"]]
     panels = {name: np.array(stored[name]) for name in ("S", "Q", "P(t)")}
-    keep = min(32, len(tokens))
-    panels = {name: m[:keep, :keep] for name, m in panels.items()}
-    figure, _ = plot_matrices(panels, tokens=tokens[:keep])
+    figure, _ = plot_matrices(panels, tokens=stored["tokens"])
     return figure

@@ -1,4 +1,4 @@
-"""Table and figures of the fine-tuning from its JSON alone."""
+"""Tables and figures of the fine-tuning from its JSON alone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from experiments.fine_tune.figures import figures
+from experiments.fine_tune.tasks import TASKS
 
 __all__ = ["FOLDER", "VARIANTS", "fine_tune_tables", "load", "report"]
 
 FOLDER = "fine_tune"
-_FIXED, _EXPONENTIAL = {"max_time": 2.0}, {"max_time": 2.0, "clock": "ExponentialClock"}
+_EXPONENTIAL = {"clock": "ExponentialClock"}
 # name → title, options of the conversion, what is trained; in the order of tables and legends
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "softmax": ("softmax", {"learn_time": False, "learn_rates": False}, "all"),
-    "fixed": ("S exp(tQ)", _FIXED, "all"),
+    "fixed": ("S exp(tQ)", {}, "all"),
     "exponential": ("S (I − tQ)⁻¹", _EXPONENTIAL, "all"),
-    "fixed_lie": ("S exp(tQ), flows alone", _FIXED, "lie"),
+    "fixed_lie": ("S exp(tQ), flows alone", {}, "lie"),
     "exponential_lie": ("S (I − tQ)⁻¹, flows alone", _EXPONENTIAL, "lie"),
 }
 Results = dict[str, list[dict[str, Any]]]
 
 
-def load(output: Path) -> Results:
+def load(output: Path, task: str) -> Results:
     """Variant → its runs by seed.
 
     Raises:
@@ -33,7 +34,7 @@ def load(output: Path) -> Results:
     """
     found: Results = {}
     for variant in VARIANTS:
-        paths = (output / FOLDER / "results").glob(f"{variant}-seed*.json")
+        paths = (output / FOLDER / "results").glob(f"{task}-{variant}-seed*.json")
         runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["seed"])
         if runs:
             found[variant] = runs
@@ -47,32 +48,31 @@ def load(output: Path) -> Results:
 
 def report(output: Path) -> list[Path]:
     """Write table.md and figures/*.png beside the results; returns what was written."""
-    results, folder = load(output), output / FOLDER
-    if not results:
+    folder, tables = output / FOLDER, fine_tune_tables(output)
+    if not tables:
         return []
     written = [folder / "table.md"]
-    written[0].write_text("\n".join(fine_tune_tables(output).values()))
+    written[0].write_text("\n".join(tables.values()))
     (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in figures(results, {name: title for name, (title, _, _) in VARIANTS.items()}).items():
-        written.append(folder / "figures" / f"{name}.png")
-        figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+    titles = {name: title for name, (title, _, _) in VARIANTS.items()}
+    for task in TASKS:
+        results = load(output, task)
+        for name, figure in figures(results, titles, TASKS[task].unit).items() if results else ():
+            written.append(folder / "figures" / f"{task}_{name}.png")
+            figure.savefig(written[-1], dpi=160, bbox_inches="tight")
     return written
 
 
 def fine_tune_tables(output: Path) -> dict[str, str]:
-    """Markdown by the name of its marker."""
-    results = load(output)
-    if not results:
-        return {}
-    header = [
-        "variant",
-        "trained parameters",
-        "validation nats per byte: before",
-        "after",
-        "test nats per byte",
-        "time t",
-        "CPU s",
-    ]
+    """Markdown by the names of its markers."""
+    found = {f"{FOLDER}_{task}": load(output, task) for task in TASKS}
+    return {name: _table(results) for name, results in found.items() if results}
+
+
+def _table(results: Results) -> str:
+    task = TASKS[next(iter(results.values()))[0]["setting"]["task"]]
+    header = ["variant", "trained parameters", f"validation, {task.unit}: before", "after", f"test, {task.unit}"]
+    header += [*(["test accuracy %"] if task.accuracy else []), "time t", "CPU s"]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
     for variant, runs in results.items():
         times = [t for run in runs for head in run["times"].values() for t in head]
@@ -82,11 +82,12 @@ def fine_tune_tables(output: Path) -> dict[str, str]:
             _spread([run["validation"][0][1] for run in runs]),
             _spread([run["validation"][-1][1] for run in runs]),
             _spread([run["test_loss"] for run in runs]),
+            *([_spread([100 * run["test_accuracy"] for run in runs], "{:.1f}")] if task.accuracy else []),
             "0" if not any(times) else f"{statistics.fmean(times):.2f} ({min(times):.2f}–{max(times):.2f})",
             _spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return {"fine_tune": "\n".join(lines) + f"\n\n{_provenance(results)}\n"}
+    return "\n".join(lines) + f"\n\n{_provenance(results)}\n"
 
 
 def _spread(values: Sequence[float], form: str = "{:.4f}") -> str:
@@ -101,11 +102,11 @@ def _provenance(results: Results) -> str:
     def each(key: str, name: str) -> str:
         return ", ".join(sorted({str(run[key][name]) for run in runs}))
 
+    corpus = f"corpus {setting['corpus']}, sha256 {each('data', 'sha256')[:12]}…; " if "corpus" in setting else ""
+    versions = ", ".join(f"{name} {each('versions', name)}" for name in runs[0]["versions"] if name != "lightning")
     return (
         f"mean ± s.d. over seeds {', '.join(map(str, seeds))} (time: mean over layers, heads and seeds, least–most); "
-        f"{setting['model']['name']} of width {setting['model']['n_embd']}, {setting['pretrain_steps']} steps with softmax, "
-        f"then {setting['steps']} more; corpus {setting['corpus']}, sha256 {each('data', 'sha256')[:12]}…; "
-        f"{each('hardware', 'name')}, {each('hardware', 'threads')} thread; torch {each('versions', 'torch')}, transformers "
-        f"{each('versions', 'transformers')}; {', '.join(sorted({run['date'] for run in runs}))}. Written by `liegroup-attn "
-        "fine-tune` from `results/*.json`."
+        f"{setting['model']['name']}, {setting['pretrain_steps']} steps with softmax, then {setting['steps']} more; {corpus}"
+        f"{each('hardware', 'name')}, {each('hardware', 'threads')} thread; {versions}; "
+        f"{', '.join(sorted({run['date'] for run in runs}))}. Written by `liegroup-attn fine-tune` from `results/*.json`."
     )

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,38 +26,32 @@ from torch import Tensor, nn
 
 from experiments.draw import draw
 from experiments.fine_tune.report import FOLDER, VARIANTS
+from experiments.fine_tune.tasks import TASKS
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
 from liegroup_attn.lightning import ByteCorpus, ExactResume, FineTune, GeneratorMonitor
-from liegroup_attn.nn import LieFlow, convert_attention
+from liegroup_attn.nn import LieFlow, convert_attention, restore_attention
 
 __all__ = ["main"]
 
-SIZES = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
-SHOWN = 48  # tokens of the matrices in the figure
+SHOWN = 24  # tokens of the matrices in the figures
 NUMBERS = ["time", "exit_rate", "expected_hops", "entropy", "effective_rank", "distance_to_softmax"]
 
 
-class Bytes(nn.Module):
-    """Somebody else's model as it comes: Hugging Face's GPT-2 on bytes, tokens in and logits out."""
+class Tuner(FineTune):
+    """``FineTune`` with the accuracy of tokens."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self._log_accuracy(batch, "validation")
 
-        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        self.gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=256, **SIZES, **still))
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step(batch, batch_idx)
+        self._log_accuracy(batch, "test")
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N) → (B, N, 256)."""
-        return self.gpt2(input_ids=tokens, use_cache=False).logits
-
-
-class Pairs(ByteCorpus):
-    """Batches (tokens, targets), as ``FineTune`` takes them."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return (batch["tokens"], batch["targets"]) if isinstance(batch, dict) else batch
+    def _log_accuracy(self, batch: Any, stage: str) -> None:
+        right = (self(batch).argmax(-1) == batch[1]).float().mean()
+        self.log(f"{stage}/accuracy", right, batch_size=len(batch[1]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,14 +59,21 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    console, setting = Console(), _setting(args)
+    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console) as progress, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
-            task = progress.add_task("", total=len(args.seeds) * (1 + len(VARIANTS)))
-            for seed in args.seeds:
-                _run_seed(seed, args, setting, lambda what: progress.update(task, description=what), progress, task)
+            bar = progress.add_task("", total=len(args.tasks) * len(args.seeds) * len(VARIANTS))
+            for name in args.tasks:
+                for seed in args.seeds:
+                    _run_seed(
+                        name,
+                        seed,
+                        args,
+                        lambda what: progress.update(bar, description=what),
+                        lambda: progress.advance(bar),
+                    )
     except KeyboardInterrupt:
         console.print("\nstopped; finished runs are kept, and the same command again resumes")
         sys.exit(130)
@@ -83,75 +85,69 @@ def main(argv: list[str] | None = None) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="liegroup-attn fine-tune",
-        description="Train a small GPT-2 on bytes with softmax attention, convert its attention and train on: everything or "
-        "the flows alone, with a fixed or an exponential clock, beside softmax. Finished runs are kept: the same command "
-        "again resumes.",
+        description="Train somebody else's model with softmax attention, convert its attention and train on: everything or the "
+        "flows alone, with a fixed or an exponential clock, beside softmax. Finished runs are kept: the same command again "
+        "resumes.",
     )
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--corpus", default="tinyshakespeare", help="as ByteCorpus takes it; default tinyshakespeare")
+    parser.add_argument("--corpus", default="tinyshakespeare", help="of the text, as ByteCorpus takes it")
     parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
-    parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=150, help="after the conversion")
+    parser.add_argument("--pretrain-steps", type=int, default=None, help="with softmax; default by task")
+    parser.add_argument("--steps", type=int, default=None, help="after the conversion; default by task")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("runs/fine-tune"), help="results, table, figures")
+    parser.add_argument("--output", type=Path, default=Path("runs/fine-tune"), help="results, tables, figures")
     return parser.parse_args(argv)
 
 
-def _setting(args: argparse.Namespace) -> dict[str, Any]:
-    """What all files of a folder must share."""
-    return {
-        "corpus": args.corpus,
-        "pretrain_steps": args.pretrain_steps,
-        "steps": args.steps,
-        "batch_size": 16,
-        "learning_rate": {"pretrain": 1e-3, "after": 3e-4, "lie": 1e-2},
-        "model": {"name": "GPT2LMHeadModel", "vocab_size": 256, **SIZES},
-    }
+def _setting(task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What all files of a task must share."""
+    given = {"pretrain_steps": args.pretrain_steps, "steps": args.steps}
+    own = {name: value for name, value in given.items() if value is not None}
+    corpus = {"corpus": args.corpus} if task == "text" else {}
+    return {"task": task, **corpus, **TASKS[task].setting, **own}
 
 
 def _run_seed(
-    seed: int, args: argparse.Namespace, setting: dict[str, Any], say: Any, progress: Progress, task: Any
+    task: str, seed: int, args: argparse.Namespace, say: Callable[[str], None], advance: Callable[[], None]
 ) -> None:
-    folder, work = args.output / FOLDER / "results", args.output / FOLDER / "work"
+    folder, work, setting = args.output / FOLDER / "results", args.output / FOLDER / "work", _setting(task, args)
     trained: nn.Module | None = None
     for variant, (_, options, trainable) in VARIANTS.items():
-        path = folder / f"{variant}-seed{seed}.json"
+        path = folder / f"{task}-{variant}-seed{seed}.json"
         if path.exists():
             if json.loads(path.read_text())["setting"] != setting:
                 raise ValueError(
                     f"output: expected results with this command's setting, got {path} with another; delete it, or pass "
                     "another --output"
                 )
-            progress.advance(task)
+            advance()
             continue
         if trained is None:
-            say(f"seed {seed}: softmax, {args.pretrain_steps} steps")
-            trained = _pretrained(seed, args, setting, work / f"pretrained-seed{seed}-{args.pretrain_steps}.pt")
-            progress.advance(task)
-        say(f"seed {seed}: {variant}")
+            say(f"{task}, seed {seed}: softmax")
+            trained = _pretrained(seed, args, setting, work / f"{task}-seed{seed}-{setting['pretrain_steps']}.pt")
+        say(f"{task}, seed {seed}: {variant}")
         model = copy.deepcopy(trained)
-        convert_attention(model, **options)
-        found = _train(model, seed + 1000, args, setting, trainable, args.steps)
-        found["matrices"] = _matrices(model, args, seed) if variant != "softmax" and seed == args.seeds[0] else None
+        convert_attention(model, **options, **({} if variant == "softmax" else {"max_time": setting["max_time"]}))
+        found = _train(model, seed + 1000, args, setting, trainable, "after")
+        found["matrices"] = _matrices(model, args, task) if variant != "softmax" and seed == args.seeds[0] else None
         write_json(path, _facts(args, setting) | {"variant": variant, "seed": seed} | found)
-        progress.advance(task)
+        advance()
 
 
 def _pretrained(seed: int, args: argparse.Namespace, setting: dict[str, Any], path: Path) -> nn.Module:
     """The softmax model, from where it was kept if it was."""
     L.seed_everything(seed, verbose=False)
-    model = Bytes()
+    model = TASKS[setting["task"]].build()
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     convert_attention(model, learn_time=False, learn_rates=False)  # FineTune takes converted models; time stays 0
-    _train(model, seed, args, setting, "all", args.pretrain_steps, setting["learning_rate"]["pretrain"], warmup=50)
-    plain = Bytes()
-    own = plain.state_dict()
-    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
+    _train(model, seed, args, setting, "all", "pretrain", warmup=50)
+    restore_attention(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(plain.state_dict(), path)
-    return plain
+    torch.save(model.state_dict(), path)
+    return model
 
 
 def _train(
@@ -160,23 +156,16 @@ def _train(
     args: argparse.Namespace,
     setting: dict[str, Any],
     trainable: Any,
-    steps: int,
-    learning_rate: float | None = None,
+    phase: str,
     warmup: int = 20,
 ) -> dict[str, Any]:
     """Train, validate every quarter, test once at the end; what the monitor saw."""
     L.seed_everything(seed, verbose=False)
-    rates = setting["learning_rate"]
-    tuner = FineTune(
-        model,
-        trainable,
-        learning_rate=learning_rate or rates["after"],
-        lie_learning_rate=rates["lie"],
-        weight_decay=0.01,
-        warmup_steps=warmup,
-    )
-    sizes = {"context": SIZES["n_positions"], "batch_size": setting["batch_size"], "eval_windows": 128}
-    data = Pairs(args.corpus, path=args.path, seed=seed, train_windows=steps * setting["batch_size"], **sizes)
+    task, rates = TASKS[setting["task"]], setting["learning_rate"]
+    steps = setting["pretrain_steps"] if phase == "pretrain" else setting["steps"]
+    options: dict[str, Any] = {"weight_decay": 0.01, "warmup_steps": warmup, "lie_learning_rate": rates["lie"]}
+    tuner = (Tuner if task.accuracy else FineTune)(model, trainable, learning_rate=rates[phase], **options)
+    data = task.data(seed, steps * setting["batch_size"], args.corpus, args.path)
     with tempfile.TemporaryDirectory() as logs:
         trainer = L.Trainer(
             accelerator="cpu",
@@ -197,13 +186,20 @@ def _train(
         start = time.process_time()
         trainer.fit(tuner, data)
         seconds = time.process_time() - start
-        (test,) = trainer.test(tuner, data, verbose=False)
+        test = {} if phase == "pretrain" else trainer.test(tuner, data, verbose=False)[0]  # once, and at the end
         with open(Path(trainer.log_dir or logs) / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-    return {
+    names = ("loss", "accuracy") if task.accuracy else ("loss",)
+    found: dict[str, Any] = {
+        "validation" if name == "loss" else f"validation_{name}": [
+            [0, before[f"validation/{name}"]],
+            *_series(rows, f"validation/{name}", past=0),
+        ]
+        for name in names
+    }
+    return found | {
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "validation": [[0, before["validation/loss"]], *_series(rows, "validation/loss", past=0)],
-        "test_loss": test["test/loss"],
+        **{f"test_{name}": test.get(f"test/{name}") for name in names},
         "cpu_seconds": seconds,
         "monitor": {
             name: _series(rows, name) for name in sorted({n for row in rows for n in row if n.startswith("lie/")})
@@ -213,7 +209,7 @@ def _train(
             for name, m in model.named_modules()
             if isinstance(m, LieFlow)
         },
-        "data": data.facts(),
+        "data": data.facts() if isinstance(data, ByteCorpus) else {},
     }
 
 
@@ -222,11 +218,12 @@ def _series(rows: list[dict[str, str]], name: str, past: int = -1) -> list[list[
     return [[int(row["step"]) + 1, float(row[name])] for row in rows if row.get(name) and int(row["step"]) > past]
 
 
-def _matrices(model: nn.Module, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """S, Q and P(t) of the head with the longest time on the first validation window."""
-    data = Pairs(args.corpus, path=args.path, context=SHOWN, batch_size=1, eval_windows=1, train_windows=1)
-    data.setup()
-    tokens = next(iter(data.val_dataloader()))["tokens"]
+def _matrices(model: nn.Module, args: argparse.Namespace, task: str) -> dict[str, Any]:
+    """S, Q and P(t) of the head with the longest time on the first validation example, its first tokens."""
+    data = TASKS[task].data(0, 64, args.corpus, args.path)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    tokens = batch["tokens"][:1, :SHOWN]
     flows = {name: m for name, m in model.named_modules() if isinstance(m, LieFlow)}
     name, flow = max(flows.items(), key=lambda pair: float(pair[1].flow_time().detach().max()))
     head = int(flow.flow_time().argmax())
@@ -244,16 +241,25 @@ def _matrices(model: nn.Module, args: argparse.Namespace, seed: int) -> dict[str
         "layer": name.removesuffix(".lie"),
         "head": head,
         "time": round(float(flow.flow_time().detach()[head]), 3),
-        "text": bytes(tokens[0].tolist()).decode("latin-1"),
+        "tokens": _names(tokens[0], task),
         **{k: [[round(x, 4) for x in row] for row in m[0, head].tolist()] for k, m in found.items()},
     }
+
+
+def _names(tokens: Tensor, task: str) -> list[str]:
+    if task == "text":
+        return [{" ": "␣", "\n": "⏎"}.get(c, c) for c in bytes(tokens.tolist()).decode("latin-1")]
+    return [f"{node} → {parent}" for node, parent in tokens.tolist()]
 
 
 def _facts(args: argparse.Namespace, setting: dict[str, Any]) -> dict[str, Any]:
     return {
         "setting": setting,
         "hardware": {"name": device_name(torch.device("cpu")), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "lightning", *(["transformers"] if setting["task"] == "text" else []))
+        },
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code_hash(),
     }
