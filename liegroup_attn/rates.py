@@ -135,21 +135,33 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
     else:
         check_finite("attn_mask (apart from what it hides)", attn_mask.detach().masked_fill(~allowed, 0.0))
         safe = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(no_target, 0.0)
-    if not allow_open_mask and not torch.compiler.is_compiling():
-        _check_closed(allowed, no_target)
+    if not allow_open_mask:
+        check_closed(attn_mask)
     return Mask(safe, no_target)
 
 
 def check_closed(attn_mask: Tensor) -> None:
     """Raise MaskError unless a mask (True = takes part, or float) is transitively closed; torch.compile does not look."""
     if not torch.compiler.is_compiling():
-        allowed = _allowed(attn_mask)
+        allowed = _reached(attn_mask)
         _check_closed(allowed, ~allowed.any(-1, keepdim=True))
 
 
 def _allowed(attn_mask: Tensor) -> Tensor:
     """Which targets take part; others hide by a large negative number, of which softmax makes 0, too."""
     return attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
+
+
+_FAR = 5000.0  # below the largest score: nothing is left of such a weight in any dtype, as with masks of −1e4 or −1e9
+
+
+def _reached(attn_mask: Tensor) -> Tensor:
+    """Which targets a row can reach: those allowed, without those that a bias puts out of reach."""
+    allowed = _allowed(attn_mask)
+    if attn_mask.dtype == torch.bool or attn_mask.numel() == 0:
+        return allowed
+    bias = attn_mask.detach()
+    return allowed & (bias > bias.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True) - _FAR)
 
 
 def _check_closed(allowed: Tensor, no_target: Tensor) -> None:

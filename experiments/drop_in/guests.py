@@ -51,7 +51,7 @@ def _subject(
     name: str,
     library: str,
     run: Callable[[Any, Inputs], Tensor],
-    generate: Callable[[nn.Module, bool], Tensor] | None,
+    generate: Callable[[nn.Module, bool], tuple[Tensor, Tensor]] | None,
 ) -> Subject:
     def build() -> nn.Module:
         return case.model().eval()
@@ -73,19 +73,15 @@ def _run_lit(model: Any, inputs: Inputs) -> Tensor:
     return model(inputs["ids"])
 
 
-def _generate_lit(model: Any, cached: bool) -> Tensor:
-    """The most probable tokens, by LitGPT's cache or by all tokens anew."""
-    ids = prompt() % 23
-    if not cached:
-        for _ in range(NEW):
-            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
-        return ids
-    model.set_kv_cache(batch_size=len(ids), max_seq_length=ids.size(1) + NEW)
-    unseen, start = ids, 0
+def _generate_lit(model: Any, cached: bool) -> tuple[Tensor, Tensor]:
+    """The most probable tokens, by LitGPT's cache or by all tokens anew; and their scores."""
+    ids, start, scores = prompt() % 23, 0, []
+    if cached:
+        model.set_kv_cache(batch_size=len(ids), max_seq_length=ids.size(1) + NEW)
     for _ in range(NEW):
-        positions = torch.arange(start, ids.size(1))
-        logits = model(unseen, positions)
-        start, unseen = ids.size(1), logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, unseen], 1)
+        logits = model(ids[:, start:], torch.arange(start, ids.size(1))) if cached else model(ids)
+        scores.append(logits[:, -1])
+        start = ids.size(1) if cached else 0
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     model.clear_kv_cache()
-    return ids
+    return ids, torch.stack(scores, 1)

@@ -60,10 +60,15 @@ def _reloaded(model: Any) -> nn.Module:
         return type(model).from_pretrained(folder).eval()
 
 
-def _generate(model: Any, case: Case, cached: bool) -> Tensor:
-    """Three beams, greedily."""
+def _generate(model: Any, case: Case, cached: bool) -> tuple[Tensor, Tensor]:
+    """Three beams, the second prompt padded on the left; with the scores of every step."""
     options: dict[str, Any] = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False, "use_cache": cached}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
     if case.kind == "speech":
-        return model.generate(case.inputs()["input_features"], **options)
-    read = prompt()
-    return model.generate(read, attention_mask=torch.ones_like(read), **options)
+        found = model.generate(case.inputs()["input_features"], **options)
+    else:
+        read = prompt()
+        mask = torch.ones_like(read)
+        mask[1, :2] = 0
+        found = model.generate(read, attention_mask=mask, **options)
+    return found.sequences, torch.stack(found.logits, 1)

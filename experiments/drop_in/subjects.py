@@ -24,7 +24,7 @@ __all__ = [
     "state_dict_reloaded",
 ]
 
-TOKENS, CUT, PADS = 9, 6, 3  # N; from where tokens change; how many of the second item's last are padding
+TOKENS, CUT, PADS = 9, 6, 3  # N; from where tokens change; how many of the second item's first are padding
 PROMPT, NEW, VOCABULARY = 5, 8, 64
 WIDTH, HEADS = 32, 4
 
@@ -47,7 +47,7 @@ class Subject:
         reload: model → the same, saved, made anew and loaded.
         causal: whether later tokens are hidden.
         pads: whether it takes a padding mask.
-        generate: model, whether with a cache → tokens; None if it does not generate.
+        generate: model, whether with a cache → (tokens, and scores of them if there are any); None if it does not generate.
         options: of the conversion.
     """
 
@@ -59,7 +59,7 @@ class Subject:
     reload: Callable[[nn.Module], nn.Module]
     causal: bool = True
     pads: bool = True
-    generate: Callable[[nn.Module, bool], Tensor] | None = None
+    generate: Callable[[nn.Module, bool], tuple[Tensor, Tensor | None]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,9 +100,9 @@ def features(changed: str = "", padded: bool = False) -> Inputs:
     if changed == "later":
         x[:, CUT:] = other[:, CUT:]
     if changed == "padding":
-        x[1, -PADS:] = other[1, -PADS:]
+        x[1, :PADS] = other[1, :PADS]
     ignored = torch.zeros(2, TOKENS, dtype=torch.bool)
-    ignored[1, -PADS:] = padded
+    ignored[1, :PADS] = padded  # on the left, where a causal mask hides nothing of it
     return {"x": x, "ignored": ignored if padded else None}
 
 
@@ -113,9 +113,9 @@ def tokens(changed: str = "", padded: bool = False) -> Inputs:
     if changed == "later":
         ids[:, CUT:] = 3 + (ids[:, CUT:] + 7) % (VOCABULARY - 3)
     if changed == "padding":
-        ids[1, -PADS:] = 3 + (ids[1, -PADS:] + 7) % (VOCABULARY - 3)
+        ids[1, :PADS] = 3 + (ids[1, :PADS] + 7) % (VOCABULARY - 3)
     keep = torch.ones(2, TOKENS, dtype=torch.bool)
-    keep[1, -PADS:] = not padded
+    keep[1, :PADS] = not padded
     return {"ids": ids, "keep": keep if padded else None}
 
 
@@ -199,9 +199,16 @@ def of_liegroup_attn() -> list[Subject]:
     attention = seeded(lambda: SoftmaxAttention(WIDTH, HEADS, num_kv_heads=2))
     language = seeded(_Language)
 
-    def generate(m: Any, cached: bool) -> Tensor:
-        parts = {"embedding": m.embedding, "head": m.head}
-        return m.transformer.generate(prompt(), NEW, **parts, temperature=0.0, use_cache=cached)
+    def generate(m: Any, cached: bool) -> tuple[Tensor, Tensor]:
+        scores: list[Tensor] = []
+
+        def head(x: Tensor) -> Tensor:
+            scores.append(m.head(x)[:, -1])
+            return m.head(x)
+
+        parts = {"embedding": m.embedding, "head": head}
+        found = m.transformer.generate(prompt(), NEW, **parts, temperature=0.0, use_cache=cached)
+        return found, torch.stack(scores, 1)
 
     def mask(inputs: Inputs) -> Tensor | None:
         return None if inputs["ignored"] is None else ~inputs["ignored"][:, None, None]

@@ -6,6 +6,7 @@ import argparse
 import copy
 import csv
 import datetime
+import hashlib
 import json
 import logging
 import sys
@@ -104,8 +105,13 @@ def _setting(task: str, args: argparse.Namespace) -> dict[str, Any]:
     """What all files of a task must share."""
     given = {"pretrain_steps": args.pretrain_steps, "steps": args.steps}
     own = {name: value for name, value in given.items() if value is not None}
-    corpus = {"corpus": args.corpus} if task == "text" else {}
-    return {"task": task, **corpus, **TASKS[task].setting, **own}
+    found = {"task": task, **TASKS[task].setting, **own}
+    data = TASKS[task].data(0, 64, args.corpus, args.path)
+    if not isinstance(data, ByteCorpus):
+        return found
+    data.prepare_data()
+    data.setup("fit")
+    return found | {"corpus": args.corpus, "sha256": data.facts()["sha256"]}
 
 
 def _run_seed(
@@ -125,7 +131,8 @@ def _run_seed(
             continue
         if trained is None:
             say(f"{task}, seed {seed}: softmax")
-            trained = _pretrained(seed, args, setting, work / f"{task}-seed{seed}-{setting['pretrain_steps']}.pt")
+            own = hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:16]  # of no other setting
+            trained = _pretrained(seed, args, setting, work / f"{task}-seed{seed}-{own}.pt")
         say(f"{task}, seed {seed}: {variant}")
         model = copy.deepcopy(trained)
         convert_attention(model, **options, **({} if variant == "softmax" else {"max_time": setting["max_time"]}))

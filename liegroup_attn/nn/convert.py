@@ -130,6 +130,10 @@ def convert_attention(
 
     Source: docs/mathematics, "Clocks and the first hop".
     """
+    if torch.is_inference_mode_enabled():
+        raise ConversionError(
+            "model: expected a conversion outside torch.inference_mode(), got one inside; its parameters could never be trained"
+        )
     LieFlow(1, 1, **lie_options)  # wrong options end here, before anything is changed
     wanted = _chooser(model, include, exclude)
     guests = _guests(model)
@@ -172,7 +176,7 @@ def restore_attention(model: nn.Module) -> ConversionReport:
         ([''], 'MultiheadAttention')
     """
     layers = _restore_all(model, _guests(model), lambda name: True)
-    if not layers:
+    if not any(layer.outcome == "restored" for layer in layers):
         raise ConversionError("model: expected one that convert_attention has converted, got none; nothing to restore")
     return ConversionReport(tuple(layers))
 
@@ -207,12 +211,15 @@ def _restore_all(model: nn.Module, guests: list[Any], chosen: Callable[[str], bo
     drop_ins = tuple(_drop_ins(guests).values())
     for name, module, _ in _with_parents(model):
         converted: Any = module
-        if type(module) in drop_ins and getattr(module, "lie", None) is not None and chosen(name):
+        if isinstance(module, drop_ins) and type(module) not in drop_ins:
+            why = "its class was changed after the conversion; take parametrizations off first"
+            layers.append(ConvertedLayer(name, type(module).__name__, "kept", why))
+        elif type(module) in drop_ins and getattr(module, "lie", None) is not None and chosen(name):
             converted.drop()
             converted.__class__ = type(converted).plain
             layers.append(ConvertedLayer(name, type(module).__name__, "restored"))
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and not any(type(m) in drop_ins for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and not any(isinstance(m, drop_ins) for m in module.modules()):
             module.use_nested_tensor |= module.__dict__.pop("_lie_nested", False)
     return layers
 
@@ -226,7 +233,7 @@ def _convert_module(
     options: dict[str, Any],
 ) -> list[ConvertedLayer]:
     kind: Any = type(module)
-    if kind in drop_ins.values():
+    if isinstance(module, tuple(drop_ins.values())):  # or of a class made from it, by parametrizations
         return [ConvertedLayer(name, kind.plain.__name__, "already converted")] if getattr(module, "lie", None) else []
     drop_in = drop_ins.get(kind)
     if drop_in is None:
@@ -248,7 +255,12 @@ def _chooser(
 ) -> Callable[[str], str | None]:
     """Path → why it is not wanted, or None."""
     chosen, left = ([p] if isinstance(p, str) else list(p or ()) for p in (include, exclude))
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    modules = list(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in modules]
+    paths: dict[int, list[str]] = {}  # of a module that stands in several places
+    for name, module in modules:
+        paths.setdefault(id(module), []).append(name)
+    alike = {name: paths[id(module)] for name, module in modules}
     for pattern in (*chosen, *left):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConversionError(
@@ -257,9 +269,10 @@ def _chooser(
             )
 
     def why_not(name: str) -> str | None:
-        if chosen and not any(fnmatchcase(name, p) for p in chosen):
+        own = alike.get(name, [name])
+        if chosen and not any(fnmatchcase(path, p) for path in own for p in chosen):
             return "not in include"
-        return "in exclude" if any(fnmatchcase(name, p) for p in left) else None
+        return "in exclude" if any(fnmatchcase(path, p) for path in own for p in left) else None
 
     return why_not
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.clocks import Clock, FixedClock, clock_from
-from liegroup_attn.errors import GeneratorError, values_visible
+from liegroup_attn.errors import GeneratorError, differentiated, values_visible
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
 from liegroup_attn.expm.jumps import pick
 from liegroup_attn.functional import lie_attention
@@ -90,15 +90,25 @@ class LieFlow(nn.Module):
         self.first_hop, self.tol, self.allow_open_mask = first_hop, tol, allow_open_mask
         self.clock: Clock = clock_from(clock) if isinstance(clock, str) else clock or FixedClock()
         self.learn_rates = learn_rates
+        self._start = float(time), math.log(rate / (1 - rate))
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        start = torch.full((num_heads, 1), float(time), **where)
+        empty = torch.empty(num_heads, 1, **where)
         if learn_time:
-            self.time = nn.Parameter(start)
+            self.time = nn.Parameter(empty)
         else:
-            self.register_buffer("time", start)
+            self.register_buffer("time", empty)
         if learn_rates:
-            self.rate_weight = nn.Parameter(torch.zeros(num_heads, head_width, **where))
-            self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate)), **where))
+            self.rate_weight = nn.Parameter(torch.empty(num_heads, head_width, **where))
+            self.rate_bias = nn.Parameter(torch.empty(num_heads, **where))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Times and rates as at the start; for modules that are made on the meta device and filled later."""
+        time, log_odds = self._start
+        nn.init.constant_(self.time, time)
+        if self.learn_rates:
+            nn.init.zeros_(self.rate_weight)
+            nn.init.constant_(self.rate_bias, log_odds)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, {self.head_width}, max_time={self.max_time:g}, first_hop={self.first_hop}, clock={self.clock}"
@@ -118,7 +128,7 @@ class LieFlow(nn.Module):
         ``torch.compile``, which hops as often as ``max_time`` asks for.
         """
         time = self.time
-        if torch.is_grad_enabled() and time.requires_grad:
+        if differentiated(time) and (torch.is_grad_enabled() or not time.requires_grad):
             return False
         frozen_elsewhere = time.device.type not in ("cpu", "meta") and not time.requires_grad
         if not values_visible(time) and not (frozen_elsewhere and not torch.compiler.is_compiling()):
@@ -274,13 +284,19 @@ class LieFlow(nn.Module):
 
     def _method(self, attn_mask: Tensor | None) -> Method:
         if self.clock.resolvents is not None and attn_mask is not None:
-            return MatrixExp()  # exact, as the causal sweep is, so that masks and caches change nothing
+            return MatrixExp()  # exact as the causal sweep is: a causal mask may come as a mask, and be decoded
         return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        time = destination[f"{prefix}time"]
+        if not keep_vars and not time.is_meta and bool(((time < 0) | (time > self.max_time)).any()):
+            # The last step may have moved it out; what is saved is what the next forward would use.
+            destination[f"{prefix}time"] = time.clamp(0.0, self.max_time)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         time = state_dict.get(f"{prefix}time")
-        # A step may have left the interval a little; what is far outside was learned with another one.
-        if time is not None and not time.is_meta and not bool((time <= 1.1 * self.max_time).all()):
+        if time is not None and not time.is_meta and not bool((time <= 1.01 * self.max_time).all()):  # bf16 rounds
             args[-1].append(
                 f"{prefix}time: expected values in [0, max_time={self.max_time:g}], got up to {float(time.max()):g}; "
                 "convert with the max_time it was trained with"

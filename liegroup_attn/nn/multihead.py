@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.errors import MaskError, NestedTensorError, ShapeError
+from liegroup_attn.errors import DtypeError, MaskError, NestedTensorError, ShapeError
 from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.rates import check_closed
 
@@ -140,6 +140,8 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         if hasattr(self, "lie"):
             self._qkv_same_embed_dim = False
+            if self.lie is not None:
+                self.lie.reset_parameters()
 
     def forward(  # noqa: D102
         self,
@@ -218,16 +220,21 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         batch, _, n, _ = query.shape
         if is_causal and key_padding_mask is None:
             return None, True
-        masks = (
-            [] if key_padding_mask is None else [_taking_part(key_padding_mask.reshape(batch, 1, 1, n), query.dtype)]
-        )
+        masks = []
+        if key_padding_mask is not None:
+            if key_padding_mask.shape not in ((batch, n), *([(n,)] if batch == 1 else [])):
+                raise MaskError(
+                    f"key_padding_mask: expected {(batch, n)}, got {tuple(key_padding_mask.shape)}; one row an item, one entry a key"
+                )
+            masks.append(_taking_part("key_padding_mask", key_padding_mask.reshape(batch, 1, 1, n), query.dtype))
         if attn_mask is not None:
             if attn_mask.shape not in ((n, n), (batch * self.num_heads, n, n)):
                 raise MaskError(
                     f"attn_mask: expected {(n, n)} or {(batch * self.num_heads, n, n)}, got {tuple(attn_mask.shape)}; give one "
                     "for all, or one per item and head"
                 )
-            mask = _taking_part(attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, -1, n, n), query.dtype)
+            wide = attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, -1, n, n)
+            mask = _taking_part("attn_mask", wide, query.dtype)
             if not (is_causal or flow.allow_open_mask or flow.is_still()):
                 check_closed(mask)
             masks.append(mask)
@@ -258,6 +265,12 @@ class LieMultiheadAttention(nn.MultiheadAttention):
                 f"key: expected the query itself, got another tensor of shape {tuple(key.shape)} beside a query of shape "
                 f"{tuple(query.shape)}; across different tokens there is no generator, only softmax attention (time 0): "
                 "exclude this module from the conversion"
+            )
+        if self.lie is not None and torch.is_grad_enabled() and self.lie.time.requires_grad and self.training:
+            warnings.warn(
+                "LieMultiheadAttention: expected the query itself as the key, got another tensor; such a call is softmax "
+                "attention and its time has no gradient: pass one tensor as both, or exclude this module from the conversion",
+                stacklevel=3,
             )
         swap = self.batch_first and query.dim() == 3
         if swap:
@@ -291,8 +304,12 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         return (out.transpose(0, 1) if swap else out), weights
 
 
-def _taking_part(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _taking_part(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Torch's mask as ours: bool True = takes part, or float."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise DtypeError(
+            f"{name}: expected torch.bool (True = is ignored) or a floating-point mask, got {mask.dtype}; convert it, e.g. mask == 0"
+        )
     return ~mask if mask.dtype == torch.bool else mask.to(dtype)
 
 

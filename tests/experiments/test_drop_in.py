@@ -58,6 +58,23 @@ def test_every_check_can_fail(monkeypatch, hook, fails):
     assert {title for title, number in numbers.items() if report.passed(title, number) is False} == fails
 
 
+def test_a_padding_mask_that_is_ignored_is_seen_under_a_causal_mask(monkeypatch):
+    """Padding is on the left, where causality does not hide it."""
+    forward = LieFlow.forward
+
+    def without_padding(self, query, key, value, attn_mask=None, **options):
+        causal = torch.ones(query.size(-2), query.size(-2), dtype=torch.bool).tril()
+        return forward(self, query, key, value, causal, **{**options, "is_causal": False})
+
+    monkeypatch.setattr(LieFlow, "forward", without_padding)
+    (check,) = (check for check in CHECKS if check.title == "no padding leak")
+    assert report.passed(check.title, check.of(CAUSAL)) is False
+
+
+def test_nan_is_no_small_difference():
+    assert checks._largest(torch.tensor([0.0, torch.nan])) == torch.inf
+
+
 def test_loading_and_decoding_can_fail(monkeypatch):
     subject = OURS["Transformer"]
     save = LieFlow._save_to_state_dict

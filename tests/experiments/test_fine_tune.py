@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.fine_tune import report, run
+from experiments.fine_tune import report, run, tasks
 from experiments.results import ROOT
 
 pytest.importorskip("transformers")
@@ -17,28 +17,32 @@ def tuned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fine_tune")
     (folder / "corpus.txt").write_text("the cat sat on the mat, and the dog sat on the cat. " * 400)
     patch = pytest.MonkeyPatch()
-    patch.setattr(run, "SIZES", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16})
-    patch.setattr(run, "SHOWN", 12)
+    patch.setattr(tasks, "GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16})
+    patch.setattr(tasks, "NODES", {"num_nodes": 8, "max_depth": 3, "deep_nodes": 9, "deep_depth": 4})
+    patch.setattr(run, "SHOWN", 8)
     arguments = ["--corpus", str(folder / "corpus.txt"), "--pretrain-steps", "4", "--steps", "8", "--seeds", "0"]
     run.main([*arguments, "--output", str(folder / "out")])
     yield folder, arguments
     patch.undo()
 
 
-def test_json_holds_what_was_measured(tuned):
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_json_holds_what_was_measured(tuned, task):
     folder, _ = tuned
-    results = report.load(folder / "out")
+    results = report.load(folder / "out", task)
     assert list(results) == list(report.VARIANTS)
+    layers = {"text": 2, "forests": 1}[task]
     for variant, (one,) in results.items():
         assert one["validation"][0] == results["softmax"][0]["validation"][0]  # all start from the same outputs
         assert [step for step, _ in one["validation"]] == [0, 2, 4, 6, 8]
-        assert set(one["data"]) >= {"sha256", "source"}
-        assert len(one["times"]) == 2
+        assert ("test_accuracy" in one) == (task == "forests")
+        assert ("sha256" in one["setting"]) == (task == "text")
+        assert len(one["times"]) == layers
         watched = {name.rpartition("/")[2] for name in one["monitor"]}
         assert watched == (set() if variant == "softmax" else set(run.NUMBERS))
         assert (one["matrices"] is None) == (variant == "softmax")
-    flows = results["fixed_lie"][0]["parameters"]
-    assert flows == 2 * (2 + 2 * 8 + 2)  # two layers: times, rate weights, rate biases
+    flows = {"text": 2 * (2 + 2 * 8 + 2), "forests": 4 + 4 * 16 + 4}[task]  # times, rate weights, rate biases
+    assert results["fixed_lie"][0]["parameters"] == flows
     assert results["fixed"][0]["parameters"] == results["softmax"][0]["parameters"] + flows
 
 
@@ -48,33 +52,32 @@ def test_the_same_command_again_trains_nothing(tuned, monkeypatch):
     run.main([*arguments, "--output", str(folder / "out")])
     with pytest.raises(ValueError, match="with another; delete it"):
         run.main([*arguments[:-4], "--steps", "5", "--seeds", "0", "--output", str(folder / "out")])
+    other = folder / "other.txt"
+    other.write_text("something else altogether, and again. " * 600)
+    with pytest.raises(ValueError, match="with another; delete it"):  # another corpus under the same name would be, too
+        run.main(["--corpus", str(other), *arguments[2:], "--output", str(folder / "out")])
 
 
 def test_table_and_figures(tuned):
     folder, _ = tuned
     written = {path.name: path for path in report.report(folder / "out")}
-    assert {
-        "table.md",
-        "curves.png",
-        "monitor.png",
-        "times.png",
-        "matrices_fixed.png",
-        "matrices_exponential.png",
-    } == set(written)
+    kinds = ("curves", "monitor", "times", "matrices_fixed", "matrices_exponential")
+    assert set(written) == {"table.md", *(f"{task}_{kind}.png" for task in tasks.TASKS for kind in kinds)}
     assert all(path.stat().st_size > 1000 for path in written.values() if path.suffix == ".png")
     table = written["table.md"].read_text()
-    assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(report.VARIANTS)
-    path = folder / "out" / "fine_tune" / "results" / "fixed-seed0.json"
+    assert sum(line.startswith("|") for line in table.splitlines()) == len(tasks.TASKS) * (2 + len(report.VARIANTS))
+    path = folder / "out" / "fine_tune" / "results" / "text-fixed-seed0.json"
     other = json.loads(path.read_text())
     other["setting"]["steps"] = 99
-    (path.parent / "fixed-seed1.json").write_text(json.dumps(other))
+    (path.parent / "text-fixed-seed1.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="one setting"):
-        report.load(folder / "out")
-    (path.parent / "fixed-seed1.json").unlink()
+        report.load(folder / "out", "text")
+    (path.parent / "text-fixed-seed1.json").unlink()
 
 
-def test_the_committed_results():
-    results = report.load(ROOT)
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_the_committed_results(task):
+    results = report.load(ROOT, task)
     assert list(results) == list(report.VARIANTS)
     assert all([run["seed"] for run in runs] == [0, 1, 2] for runs in results.values())
     starts = [[run["validation"][0][1] for run in runs] for runs in results.values()]

@@ -328,3 +328,28 @@ def test_it_sits_in_any_module_of_ours():
     expected = layer(x())
     convert_attention(layer)
     torch.testing.assert_close(layer(x()), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["shared", "again"])
+def test_a_layer_in_two_places_is_named_by_either(pattern):
+    model = Detector()
+    with pytest.raises(ConversionError, match="in exclude"):
+        convert_attention(model, exclude=pattern)
+    assert convert_attention(Detector(), include=pattern).converted == ["shared"]
+
+
+def test_classes_that_were_changed_after_the_conversion():
+    """Parametrizations make a class of their own: it is told, not lost."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, 32, batch_first=True), 2)
+    convert_attention(model)
+    nn.utils.parametrize.register_parametrization(model.layers[0].self_attn, "in_proj_weight", nn.Identity())
+    assert [layer.outcome for layer in convert_attention(model).layers] == ["already converted"] * 2
+    report = restore_attention(model)
+    assert report.converted == ["layers.1.self_attn"]
+    assert "parametrizations" in report.kept["layers.0.self_attn"]
+    assert not model.use_nested_tensor
+
+
+def test_not_under_inference_mode():
+    with torch.inference_mode(), pytest.raises(ConversionError, match="inference_mode"):
+        convert_attention(nn.MultiheadAttention(C, H))

@@ -294,3 +294,37 @@ def test_a_longer_time_than_it_knows_is_not_loaded():
     short = LieFlow(2, 4, max_time=8.0)
     short.load_state_dict(long.state_dict())
     assert torch.equal(short.time, long.time)
+
+
+@clocks
+def test_forward_mode_at_time_0_is_not_silently_0(clock):
+    """Pitfall 11: a time that is a dual number wants a derivative, too."""
+    flow, (q, k, v) = LieFlow(H, D, clock=clock).double(), inputs()
+    start = torch.zeros(H, 1, dtype=torch.float64)
+
+    def run(time):
+        return torch.func.functional_call(flow, {"time": time}, (q, k, v))[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(run, (start,), (torch.ones_like(start),))
+        expected = torch.func.jacrev(run)(start).sum((-2, -1))
+    torch.testing.assert_close(tangent, expected)
+    assert tangent.abs().max() > 0.1
+
+
+def test_what_a_step_moved_out_is_saved_inside():
+    flow = LieFlow(2, 4, time=0.25, max_time=0.25)
+    with torch.no_grad():
+        flow.time.copy_(torch.tensor([[0.4], [-0.1]]))
+    saved = flow.state_dict()
+    assert saved["time"].flatten().tolist() == [0.25, 0.0]
+    LieFlow(2, 4, max_time=0.25).load_state_dict(saved)
+    inside = LieFlow(2, 4, time=0.5)
+    assert inside.state_dict()["time"].data_ptr() == inside.time.data_ptr()  # as ever, where nothing is to be done
+
+
+def test_modules_made_on_the_meta_device_are_filled():
+    flow = LieFlow(2, 4, time=0.3, rate=0.25, device="meta").to_empty(device="cpu")
+    flow.reset_parameters()
+    fresh = LieFlow(2, 4, time=0.3, rate=0.25).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in flow.state_dict().items())

@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing._internal.common_modules import module_db
 
 from liegroup_attn import DenseGenerator, ExponentialClock, transition_matrix
-from liegroup_attn.errors import MaskError, NestedTensorError, ShapeError
+from liegroup_attn.errors import DtypeError, MaskError, NestedTensorError, ShapeError
 from liegroup_attn.nn import LieFlow, LieMultiheadAttention, convert_attention
 
 B, N, C, H = 3, 7, 16, 4
@@ -369,3 +369,35 @@ def test_compile_and_checkpointing(time):
     encoder.zero_grad()
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
     torch.testing.assert_close(layer.self_attn.lie.time.grad, expected)
+
+
+def test_masks_that_torch_refuses_are_refused():
+    """Integers would be added to the scores, and a transposed mask would be read as another one."""
+    ours, x = LieMultiheadAttention(C, H, batch_first=True, time=0.5), torch.randn(B, N, C)
+    with pytest.raises(DtypeError, match=r"key_padding_mask: expected torch\.bool"):
+        ours(x, x, x, key_padding_mask=padding().long())
+    with pytest.raises(DtypeError, match=r"attn_mask: expected torch\.bool"):
+        ours(x, x, x, attn_mask=causal("bool").long())
+    with pytest.raises(MaskError, match="key_padding_mask: expected"):
+        ours(x, x, x, key_padding_mask=padding().T.contiguous())
+
+
+def test_a_call_across_in_training_says_that_it_does_not_learn():
+    ours, x = LieMultiheadAttention(C, H, batch_first=True), torch.randn(B, N, C)
+    with pytest.warns(UserWarning, match="no gradient"):
+        ours(x, x + 0, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(x, x, x)
+        ours.eval()(x, x + 0, x)
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9])
+def test_masks_that_hide_by_a_large_number_do_not_leak(low):
+    x = torch.randn(B, N, C)
+    window = torch.ones(N, N, dtype=torch.bool).tril() & torch.ones(N, N, dtype=torch.bool).triu(-2)
+    ours = LieMultiheadAttention(C, H, batch_first=True, time=0.5)
+    with pytest.raises(MaskError, match="transitively closed"):
+        ours(x, x, x, attn_mask=torch.zeros(N, N).masked_fill(~window, low))
+    closed = torch.zeros(N, N).masked_fill(causal("bool"), low)
+    torch.testing.assert_close(ours(x, x, x, attn_mask=closed), ours(x, x, x, attn_mask=causal()))
