@@ -39,7 +39,7 @@ def test_json_holds_what_was_measured(tuned, task):
         assert ("sha256" in one["setting"]) == (task == "text")
         assert len(one["times"]) == layers
         watched = {name.rpartition("/")[2] for name in one["monitor"]}
-        assert watched == (set() if variant == "softmax" else set(run.NUMBERS))
+        assert watched == set(run.NUMBERS) or (variant == "softmax" and not watched)
         assert (one["matrices"] is None) == (variant == "softmax")
     flows = {"text": 2 * (2 + 2 * 8 + 2), "forests": 4 + 4 * 16 + 4}[task]  # times, rate weights, rate biases
     assert results["fixed_lie"][0]["parameters"] == flows
