@@ -719,6 +719,29 @@ def test_24_models_that_share_a_configuration_stay_apart():
     assert {m.config._attn_implementation for m in t5.modules() if hasattr(m, "config")} == {"lie"}
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_24_another_implementation_while_time_may_pass_is_refused(case):
+    """PITFALLS 24: set_attn_implementation after the conversion would leave softmax attention, and no word of it."""
+    model, _ = converted(case, 0.8)
+    expected = logits(model, **case.inputs())
+    model.set_attn_implementation("eager")
+    with pytest.raises(
+        ConversionError, match=r"\"lie\".*'eager'.*set_attn_implementation\(\"lie\"\).*restore_attention"
+    ):
+        logits(model, **case.inputs())
+    assert not any("_lie_call" in vars(module) for module in model.modules())
+    model.set_attn_implementation("lie")
+    close(logits(model, **case.inputs()), expected, 0)
+    model.set_attn_implementation("eager")
+    set_time(model, 0.0)
+    close(logits(model, **case.inputs()), logits(case.build(), **case.inputs()))  # softmax is what is meant
+    with pytest.raises(ConversionError, match="restore_attention"):
+        model(**case.inputs())  # time would not learn
+    restore_attention(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model(**case.inputs())
+
+
 def test_the_calls_are_counted(monkeypatch):
     """A layer that does not call is named, and all is undone."""
     case = BY_NAME["llama"]
@@ -815,7 +838,7 @@ def test_a_converted_model_can_be_copied():
     set_time(model, 0.0)
     assert float((logits(twin, input_ids=ids) - logits(model, input_ids=ids)).abs().max()) > 1e-3
     assert len(restore_attention(twin).converted) == 2
-    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in twin.modules())
 
 
 def test_output_attentions_in_the_configuration_is_refused():

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.integrations.transformers.attention import lie_attention_forward
-from liegroup_attn.integrations.transformers.cache import note_call
+from liegroup_attn.integrations.transformers.cache import check_call, note_call
 from liegroup_attn.integrations.transformers.masks import lie_mask
 from liegroup_attn.nn.flow import LieFlow
 
@@ -59,14 +59,18 @@ def attach(model: nn.Module, spec: dict[str, Any]) -> None:
         where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
         module.lie = LieFlow(num_heads, head_width, **options, **where).train(module.training)
         module.register_forward_pre_hook(note_call, with_kwargs=True)
+        module.register_forward_hook(check_call)
 
 
 def detach(module: nn.Module) -> None:
-    """Take a flow and its hook out of a module."""
+    """Take a flow and its hooks out of a module."""
     del module.lie
+    module.__dict__.pop("_lie_call", None)
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_call]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in module._forward_hooks.items() if hook is check_call]:
+        del module._forward_hooks[key]
 
 
 def flowing(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
