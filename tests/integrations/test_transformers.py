@@ -719,6 +719,39 @@ def test_24_models_that_share_a_configuration_stay_apart():
     assert {m.config._attn_implementation for m in t5.modules() if hasattr(m, "config")} == {"lie"}
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2", "vit", "whisper"])
+def test_24_a_model_made_from_a_converted_models_configuration_stays_apart(name):
+    """It has flows at time 0 and a configuration of its own, which its parts share as in any other model."""
+    case = BY_NAME[name]
+    model, _ = converted(case, 0.8)
+    said, expected = copy.deepcopy(model.config.lie_attention), logits(model, **case.inputs())
+    made = type(model)(model.config).eval()
+    held = [module.config for module in made.modules() if hasattr(module, "config")]
+    assert not {id(config) for config in held} & {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    assert len({id(config) for config in held}) == len({id(m.config) for m in model.modules() if hasattr(m, "config")})
+    assert {config._attn_implementation for config in held} == {"lie"}
+    assert len(list(flowing(made))) == case.layers
+    restore_attention(made)
+    logits(made, **case.inputs())
+    assert model.config._attn_implementation == "lie"
+    assert model.config.lie_attention == said
+    close(logits(model, **case.inputs()), expected, 0)
+
+
+def test_24_configurations_that_are_shared_all_the_same():
+    """Restoring writes into a configuration of the model's own."""
+    model = llama()
+    ids, other = ids_of(), BY_NAME["llama"].build()
+    expected = logits(model, input_ids=ids)
+    convert_attention(other)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = model.config
+    restore_attention(other)
+    assert model.config._attn_implementation == "lie"
+    close(logits(model, input_ids=ids), expected, 0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_24_another_implementation_while_time_may_pass_is_refused(case):
     """PITFALLS 24: set_attn_implementation after the conversion would leave softmax attention, and no word of it."""
@@ -796,6 +829,29 @@ def test_include_exclude_and_a_second_call():
     assert {layer.name[-11]: layer.outcome for layer in report.layers} == {"0": "already converted", "1": "converted"}
     assert [module.lie.max_time for _, module in flowing(model)] == [2.0, 3.0]
     assert len(model.config.lie_attention["flows"]) == 2
+
+
+def test_a_failed_second_conversion_leaves_the_first_one_alone():
+    """Only what the failed call converted is taken out again, of the modules and of the configurations."""
+    task = torch.nn.ModuleDict({"net": BY_NAME["t5"].build(), "unused": torch.nn.MultiheadAttention(16, 2)})
+    net = task["net"]
+    task.forward = lambda **inputs: net(**inputs)
+    convert_attention(task, include="net.encoder.block.0.*", max_time=2.0)
+    set_time(net, 0.8)
+    inputs = BY_NAME["t5"].inputs()
+    expected, said = logits(net, **inputs), copy.deepcopy(net.config.lie_attention)
+    part = copy.deepcopy(net.encoder.config.lie_attention)
+    with pytest.raises(ConversionError, match="unused"):
+        convert_attention(task, example_inputs=inputs)
+    assert [path for path, _ in flowing(net)] == ["encoder.block.0.layer.0.SelfAttention"]
+    assert net.config.lie_attention == said
+    assert net.encoder.config.lie_attention == part
+    assert not hasattr(net.decoder.config, "lie_attention")
+    assert net.config._attn_implementation == "lie"
+    close(logits(net, **inputs), expected, 0)
+    restore_attention(task)
+    assert net.config._attn_implementation == "sdpa"
+    assert not any(hasattr(m.config, "lie_attention") for m in net.modules() if hasattr(m, "config"))
 
 
 def test_a_model_inside_another_module():
