@@ -539,7 +539,7 @@ def test_heads_and_base_models_read_each_other(tmp_path):
 
 
 def test_a_plain_process_reads_it_after_register(tmp_path):
-    """Importing registers nothing; registering twice is registering once; without transformers it says what to install."""
+    """Importing registers, the library alone does not import it; registering twice is registering once; without transformers it says what to install."""
     model = llama()
     model.save_pretrained(tmp_path / "model")
     torch.save((ids_of(), logits(model, input_ids=ids_of())), tmp_path / "expected.pt")
@@ -556,9 +556,10 @@ del sys.modules["transformers"]
 import torch
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 plain = PreTrainedModel.post_init
-import liegroup_attn.integrations.transformers as t
+import liegroup_attn, liegroup_attn.nn
 assert "lie" not in AttentionInterface().valid_keys() and PreTrainedModel.post_init is plain
-t.register()
+import liegroup_attn.integrations.transformers as t
+assert "lie" in AttentionInterface().valid_keys() and PreTrainedModel.post_init is not plain
 once = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
 t.register()
 assert once == (PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__)
@@ -568,6 +569,23 @@ model = AutoModelForCausalLM.from_pretrained(path).eval()
 assert model.config._attn_implementation == "lie"
 assert (model(ids).logits - expected).abs().max() < 1e-5
 assert AutoModel.from_pretrained(path).layers[0].self_attn.lie.time.max() > 0.7
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_pickled_model_works_in_a_new_process(tmp_path):
+    """Nothing but unpickling imports the integration there."""
+    model = llama()
+    torch.save((model, ids_of(), logits(model, input_ids=ids_of())), tmp_path / "all.pt")
+    code = f"""
+import sys, torch
+import liegroup_attn
+assert "transformers" not in sys.modules
+model, ids, expected = torch.load({str(tmp_path / "all.pt")!r}, weights_only=False)
+assert (model(ids).logits - expected).abs().max() < 1e-5
+assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 12)
+from liegroup_attn.nn import restore_attention
+assert len(restore_attention(model).converted) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -868,6 +886,30 @@ def test_a_model_inside_another_module():
     report = convert_attention(task, exclude="net.bert.encoder.layer.1.*", example_inputs=(x, ids_of()))
     assert report.converted == ["net.bert.encoder.layer.0.attention.self", "own"]
     assert set(restore_attention(task).converted) == set(report.converted)
+
+
+def test_torchs_attention_inside_is_kept():
+    """SigLIP's pooling head holds a torch.nn.MultiheadAttention, which never calls the attention function."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+    inputs = {"pixel_values": BY_NAME["vit"].inputs()["pixel_values"]}
+    with torch.no_grad():
+        before = model(**inputs).pooler_output
+    report = convert_attention(model)
+    ((path, reason),) = report.kept.items()
+    assert path.endswith("head.attention")
+    assert reason == "torch.nn.MultiheadAttention inside a Transformers model: convert it by hand"
+    assert len(report.converted) == 2
+    with torch.no_grad():
+        close(model(**inputs).pooler_output, before)
+    set_time(model, 0.8)
+    with torch.no_grad():
+        assert float((model(**inputs).pooler_output - before).abs().max()) > 1e-4
+    convert_attention(model.get_submodule(path))
+    outcomes = {layer.name: layer.outcome for layer in convert_attention(model).layers}
+    assert set(outcomes.values()) == {"already converted"}
+    assert len(outcomes) == 3
 
 
 def test_attention_sinks_stay_softmax():

@@ -212,11 +212,20 @@ def _silent(model: nn.Module, calls: list[Call]) -> list[str]:
     found = []
     for path, module in model.named_modules():
         looks = re.search(r"(Attention|Attn)$", type(module).__name__) and id(module) not in callers
+        looks = looks and not isinstance(module, nn.MultiheadAttention)  # PyTorch's own: reported as kept
         across = _ACROSS.search(f"{path}.{type(module).__name__}") or getattr(module, "is_cross_attention", False)
         kin = any(p.startswith(f"{path}.") or path.startswith(f"{p}.") for p in paths)
         if looks and not across and not kin:
             found.append(path)
     return found
+
+
+def _by_hand(name: str, module: nn.MultiheadAttention, unwanted: str | None) -> ConvertedLayer:
+    """What becomes of PyTorch's attention inside a model of Transformers."""
+    if getattr(module, "lie", None) is not None:
+        return ConvertedLayer(name, type(module).__name__, "already converted")
+    reason = unwanted or "torch.nn.MultiheadAttention inside a Transformers model: convert it by hand"
+    return ConvertedLayer(name, type(module).__name__, "kept", reason)
 
 
 def _sort(
@@ -233,9 +242,11 @@ def _sort(
     layers, sizes = [], {}
     for path, module in model.named_modules():
         own = by_module.get(id(module))
-        if own is None:
-            continue
         kind, full = type(module).__name__, _join(name, path)
+        if own is None:
+            if isinstance(module, nn.MultiheadAttention):
+                layers.append(_by_hand(full, module, wanted(full)))
+            continue
         if path in before:
             layers.append(ConvertedLayer(full, kind, "already converted"))
             continue

@@ -28,8 +28,8 @@ def register() -> None:
     """Make Transformers know the attention implementation "lie", and ``from_pretrained`` the models converted to it.
 
     Attention and mask function are registered together: without the second one padding would be seen. From then on a
-    model whose ``config.lie_attention`` says so gets its flows when it is made, before weights are loaded. Calling it
-    again changes nothing.
+    model whose ``config.lie_attention`` says so gets its flows when it is made, before weights are loaded. Importing
+    ``liegroup_attn.integrations.transformers`` calls it; calling it again changes nothing.
 
     Example:
         >>> from transformers import AttentionInterface
