@@ -58,8 +58,7 @@ class LieCausalSelfAttention(CausalSelfAttention):
     def drop(self) -> None:
         """Become LitGPT's module again."""
         del self.lie, self._input_pos
-        if self.kv_cache is not None and hasattr(self.kv_cache, "hops"):
-            del self.kv_cache.hops
+        self._forget()
 
     def forward(  # noqa: D102
         self,
@@ -126,6 +125,7 @@ class LieCausalSelfAttention(CausalSelfAttention):
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """New tokens after those whose keys and hops are kept."""
         if self.lie.first_hop and self.lie.is_still():
+            self._forget()  # hops of the tokens that these keys replace
             out: Tensor = super().scaled_dot_product_attention(q, k, v, mask)
             return out
         start, stop = self._span(q.size(-2))
@@ -137,7 +137,19 @@ class LieCausalSelfAttention(CausalSelfAttention):
             scale = 1.0
         out, kept = self.lie.extend(q, k, v, past, mask, scale=scale)
         self.kv_cache.register_buffer("hops", torch.cat([past, kept], -2), persistent=False)
+        self.kv_cache.lie_settings = self._settings()
         return out.transpose(1, 2)
+
+    def _settings(self) -> tuple[object, ...]:
+        """What hops depend on besides tokens."""
+        flow = self.lie
+        return flow.time_scale, flow.max_time, flow.tol, str(flow.clock), flow.first_hop
+
+    def _forget(self) -> None:
+        """Nothing is kept, so that no later call goes on from it."""
+        for name in ("hops", "lie_settings"):
+            if hasattr(self.kv_cache, name):
+                delattr(self.kv_cache, name)
 
     def _span(self, new: int) -> tuple[int, int]:
         """Where the new tokens start and stop."""
@@ -168,6 +180,11 @@ class LieCausalSelfAttention(CausalSelfAttention):
             raise CacheError(
                 f"input_pos: expected position 0, or one whose earlier tokens went through this cache with this flow, got "
                 f"{start}; give the prompt again, from position 0"
+            )
+        if self.kv_cache.lie_settings != self._settings():
+            raise CacheError(
+                f"input_pos: expected the settings that the cache was filled with {self.kv_cache.lie_settings}, got {self._settings()}; give "
+                "the prompt again, from position 0"
             )
         return hops[:, :, :start]
 

@@ -207,7 +207,7 @@ def _restore_all(model: nn.Module, guests: list[Any], chosen: Callable[[str], bo
     for guest in guests:
         for name, part in _whole_models(model, guest):
             if any(chosen(f"{name}.{inner}" if name else inner) for inner, _ in part.named_modules()):
-                layers += guest.restore_model(name, part)
+                layers += guest.restore_model(name, part, chosen)
     drop_ins = tuple(_drop_ins(guests).values())
     for name, module, _ in _with_parents(model):
         converted: Any = module

@@ -151,6 +151,41 @@ def test_time_that_starts_after_the_prompt_is_refused():
             model(x[:, 4:5], torch.tensor([4]), 5)
 
 
+def test_hops_of_replaced_tokens_are_not_gone_on_from():
+    """A call at time 0 writes other keys and keeps no hops: those of before are of other tokens."""
+    model, x, other = CASES["llama"].converted(0.7), tokens(), tokens().flip(1)
+    times = [flow.time.clone() for flow in flows(model)]
+    with torch.no_grad():
+        model.set_kv_cache(batch_size=2, dtype=torch.float64)
+        decode(model, x, (4,))
+        for flow in flows(model):
+            flow.time.zero_()
+        decode(model, other, (4,))
+        for flow, time in zip(flows(model), times, strict=True):
+            flow.time.copy_(time)
+        with pytest.raises(CacheError, match="from position 0"):
+            model(other[:, 4:5], torch.tensor([4]), 5)
+        torch.testing.assert_close(decode(model, other, (4, 5)), model(other))
+
+
+@pytest.mark.parametrize(
+    "change", [{"time_scale": 0.5}, {"max_time": 3.0}, {"tol": 1e-2}, {"first_hop": False}], ids=str
+)
+def test_a_cache_does_not_go_on_with_other_settings(change):
+    model, x = CASES["llama"].converted(0.7, clock="ExponentialClock()"), tokens()
+    with torch.no_grad():
+        model.set_kv_cache(batch_size=2, dtype=torch.float64)
+        decode(model, x, (4,))
+        for flow in flows(model):
+            for name, value in change.items():
+                setattr(flow, name, value)
+        with pytest.raises(CacheError, match="settings"):
+            model(x[:, 4:5], torch.tensor([4]), 5)
+        torch.testing.assert_close(decode(model, x, (4, 5)), model(x))
+    restore_attention(model)
+    assert not any(hasattr(module, "lie_settings") or hasattr(module, "hops") for module in model.modules())
+
+
 @pytest.mark.parametrize("case", [c for c in CACHED if c.name != "gemma"], ids=str)
 def test_decoding_at_time_zero_is_litgpts(case):
     plain, lie, x = case.model().double(), case.converted(), tokens()

@@ -539,7 +539,7 @@ def test_heads_and_base_models_read_each_other(tmp_path):
 
 
 def test_a_plain_process_reads_it_after_register(tmp_path):
-    """Importing registers nothing; registering twice is registering once; without transformers it says what to install."""
+    """Importing registers, the library alone does not import it; registering twice is registering once; without transformers it says what to install."""
     model = llama()
     model.save_pretrained(tmp_path / "model")
     torch.save((ids_of(), logits(model, input_ids=ids_of())), tmp_path / "expected.pt")
@@ -556,9 +556,10 @@ del sys.modules["transformers"]
 import torch
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 plain = PreTrainedModel.post_init
-import liegroup_attn.integrations.transformers as t
+import liegroup_attn, liegroup_attn.nn
 assert "lie" not in AttentionInterface().valid_keys() and PreTrainedModel.post_init is plain
-t.register()
+import liegroup_attn.integrations.transformers as t
+assert "lie" in AttentionInterface().valid_keys() and PreTrainedModel.post_init is not plain
 once = PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__
 t.register()
 assert once == (PreTrainedModel.post_init, PreTrainedModel.from_pretrained.__func__)
@@ -568,6 +569,23 @@ model = AutoModelForCausalLM.from_pretrained(path).eval()
 assert model.config._attn_implementation == "lie"
 assert (model(ids).logits - expected).abs().max() < 1e-5
 assert AutoModel.from_pretrained(path).layers[0].self_attn.lie.time.max() > 0.7
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_pickled_model_works_in_a_new_process(tmp_path):
+    """Nothing but unpickling imports the integration there."""
+    model = llama()
+    torch.save((model, ids_of(), logits(model, input_ids=ids_of())), tmp_path / "all.pt")
+    code = f"""
+import sys, torch
+import liegroup_attn
+assert "transformers" not in sys.modules
+model, ids, expected = torch.load({str(tmp_path / "all.pt")!r}, weights_only=False)
+assert (model(ids).logits - expected).abs().max() < 1e-5
+assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 12)
+from liegroup_attn.nn import restore_attention
+assert len(restore_attention(model).converted) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -719,6 +737,62 @@ def test_24_models_that_share_a_configuration_stay_apart():
     assert {m.config._attn_implementation for m in t5.modules() if hasattr(m, "config")} == {"lie"}
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2", "vit", "whisper"])
+def test_24_a_model_made_from_a_converted_models_configuration_stays_apart(name):
+    """It has flows at time 0 and a configuration of its own, which its parts share as in any other model."""
+    case = BY_NAME[name]
+    model, _ = converted(case, 0.8)
+    said, expected = copy.deepcopy(model.config.lie_attention), logits(model, **case.inputs())
+    made = type(model)(model.config).eval()
+    held = [module.config for module in made.modules() if hasattr(module, "config")]
+    assert not {id(config) for config in held} & {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    assert len({id(config) for config in held}) == len({id(m.config) for m in model.modules() if hasattr(m, "config")})
+    assert {config._attn_implementation for config in held} == {"lie"}
+    assert len(list(flowing(made))) == case.layers
+    restore_attention(made)
+    logits(made, **case.inputs())
+    assert model.config._attn_implementation == "lie"
+    assert model.config.lie_attention == said
+    close(logits(model, **case.inputs()), expected, 0)
+
+
+def test_24_configurations_that_are_shared_all_the_same():
+    """Restoring writes into a configuration of the model's own."""
+    model = llama()
+    ids, other = ids_of(), BY_NAME["llama"].build()
+    expected = logits(model, input_ids=ids)
+    convert_attention(other)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = model.config
+    restore_attention(other)
+    assert model.config._attn_implementation == "lie"
+    close(logits(model, input_ids=ids), expected, 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_24_another_implementation_while_time_may_pass_is_refused(case):
+    """PITFALLS 24: set_attn_implementation after the conversion would leave softmax attention, and no word of it."""
+    model, _ = converted(case, 0.8)
+    expected = logits(model, **case.inputs())
+    model.set_attn_implementation("eager")
+    with pytest.raises(
+        ConversionError, match=r"\"lie\".*'eager'.*set_attn_implementation\(\"lie\"\).*restore_attention"
+    ):
+        logits(model, **case.inputs())
+    assert not any("_lie_call" in vars(module) for module in model.modules())
+    model.set_attn_implementation("lie")
+    close(logits(model, **case.inputs()), expected, 0)
+    model.set_attn_implementation("eager")
+    set_time(model, 0.0)
+    close(logits(model, **case.inputs()), logits(case.build(), **case.inputs()))  # softmax is what is meant
+    with pytest.raises(ConversionError, match="restore_attention"):
+        model(**case.inputs())  # time would not learn
+    restore_attention(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model(**case.inputs())
+
+
 def test_the_calls_are_counted(monkeypatch):
     """A layer that does not call is named, and all is undone."""
     case = BY_NAME["llama"]
@@ -775,6 +849,29 @@ def test_include_exclude_and_a_second_call():
     assert len(model.config.lie_attention["flows"]) == 2
 
 
+def test_a_failed_second_conversion_leaves_the_first_one_alone():
+    """Only what the failed call converted is taken out again, of the modules and of the configurations."""
+    task = torch.nn.ModuleDict({"net": BY_NAME["t5"].build(), "unused": torch.nn.MultiheadAttention(16, 2)})
+    net = task["net"]
+    task.forward = lambda **inputs: net(**inputs)
+    convert_attention(task, include="net.encoder.block.0.*", max_time=2.0)
+    set_time(net, 0.8)
+    inputs = BY_NAME["t5"].inputs()
+    expected, said = logits(net, **inputs), copy.deepcopy(net.config.lie_attention)
+    part = copy.deepcopy(net.encoder.config.lie_attention)
+    with pytest.raises(ConversionError, match="unused"):
+        convert_attention(task, example_inputs=inputs)
+    assert [path for path, _ in flowing(net)] == ["encoder.block.0.layer.0.SelfAttention"]
+    assert net.config.lie_attention == said
+    assert net.encoder.config.lie_attention == part
+    assert not hasattr(net.decoder.config, "lie_attention")
+    assert net.config._attn_implementation == "lie"
+    close(logits(net, **inputs), expected, 0)
+    restore_attention(task)
+    assert net.config._attn_implementation == "sdpa"
+    assert not any(hasattr(m.config, "lie_attention") for m in net.modules() if hasattr(m, "config"))
+
+
 def test_a_model_inside_another_module():
     class Task(torch.nn.Module):
         def __init__(self):
@@ -789,6 +886,30 @@ def test_a_model_inside_another_module():
     report = convert_attention(task, exclude="net.bert.encoder.layer.1.*", example_inputs=(x, ids_of()))
     assert report.converted == ["net.bert.encoder.layer.0.attention.self", "own"]
     assert set(restore_attention(task).converted) == set(report.converted)
+
+
+def test_torchs_attention_inside_is_kept():
+    """SigLIP's pooling head holds a torch.nn.MultiheadAttention, which never calls the attention function."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = hf.SiglipVisionModel(hf.SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+    inputs = {"pixel_values": BY_NAME["vit"].inputs()["pixel_values"]}
+    with torch.no_grad():
+        before = model(**inputs).pooler_output
+    report = convert_attention(model)
+    ((path, reason),) = report.kept.items()
+    assert path.endswith("head.attention")
+    assert reason == "torch.nn.MultiheadAttention inside a Transformers model: convert it by hand"
+    assert len(report.converted) == 2
+    with torch.no_grad():
+        close(model(**inputs).pooler_output, before)
+    set_time(model, 0.8)
+    with torch.no_grad():
+        assert float((model(**inputs).pooler_output - before).abs().max()) > 1e-4
+    convert_attention(model.get_submodule(path))
+    outcomes = {layer.name: layer.outcome for layer in convert_attention(model).layers}
+    assert set(outcomes.values()) == {"already converted"}
+    assert len(outcomes) == 3
 
 
 def test_attention_sinks_stay_softmax():
@@ -815,7 +936,7 @@ def test_a_converted_model_can_be_copied():
     set_time(model, 0.0)
     assert float((logits(twin, input_ids=ids) - logits(model, input_ids=ids)).abs().max()) > 1e-3
     assert len(restore_attention(twin).converted) == 2
-    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in twin.modules())
 
 
 def test_output_attentions_in_the_configuration_is_refused():

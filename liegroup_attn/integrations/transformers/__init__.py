@@ -1,7 +1,7 @@
 """Hugging Face Transformers: the attention implementation "lie", exact ``generate`` and checkpoints that come back.
 
-``nn.convert_attention`` calls this for models of Transformers. Call ``register()`` before ``from_pretrained`` reads a
-converted model. It needs ``pip install "liegroup-attn[transformers]"``.
+``nn.convert_attention`` imports this for models of Transformers, and so does the unpickling of a converted one. Importing it
+calls ``register()``: do so before ``from_pretrained`` reads a converted model. It needs ``pip install "liegroup-attn[transformers]"``.
 """
 
 try:
@@ -24,3 +24,5 @@ from liegroup_attn.integrations.transformers.loading import register
 from liegroup_attn.integrations.transformers.masks import lie_mask
 
 __all__ = ["lie_attention_forward", "lie_mask", "register"]
+
+register()  # a converted model that was pickled imports this by its hooks, and calls nothing else

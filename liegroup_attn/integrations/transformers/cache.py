@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from liegroup_attn.errors import CacheError
+from liegroup_attn.errors import CacheError, ConversionError
 from liegroup_attn.nn.flow import LieFlow
 
-__all__ = ["KeptLayer", "cache_layer", "forget", "note_call", "take_call"]
+__all__ = ["KeptLayer", "cache_layer", "check_call", "forget", "note_call", "take_call"]
 
 
 def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -24,6 +24,26 @@ def take_call(module: nn.Module) -> tuple[Cache | None, bool]:
     """What ``note_call`` noted, once."""
     found: tuple[Cache | None, bool] = module.__dict__.pop("_lie_call", (None, False))
     return found
+
+
+def check_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of an attention: what was noted has to have been taken, or it went on with softmax.
+
+    Raises:
+        ConversionError: time may pass, and the function of the implementation "lie" was not called.
+    """
+    if "_lie_call" not in module.__dict__:
+        return
+    take_call(module)
+    flow: LieFlow = module.lie  # type: ignore[assignment]
+    if flow.first_hop and flow.is_still():
+        return
+    got = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    raise ConversionError(
+        f'{type(module).__name__} of layer {getattr(module, "layer_idx", "?")}: expected the attention implementation "lie", whose function '
+        f'lets time pass, got softmax attention by {got!r} (config._attn_implementation); call model.set_attn_implementation("lie"), or '
+        "restore_attention(model) to take the flows out"
+    )
 
 
 class _Keeping:

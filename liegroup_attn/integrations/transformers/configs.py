@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["configs", "own_configs", "plain_implementation", "undo"]
+__all__ = ["configs", "made_with_own_configs", "own_configs", "plain_implementation", "undo"]
 
 Held: TypeAlias = tuple[nn.Module, str, PreTrainedConfig]  # a module, an attribute of it, and what that was
+
+# Attribute -> (copy, what it is of), of modules of models that were made from a converted model's configuration.
+_copied: WeakKeyDictionary[nn.Module, dict[str, tuple[PreTrainedConfig, PreTrainedConfig]]] = WeakKeyDictionary()
 
 
 def configs(model: nn.Module) -> list[Held]:
@@ -30,6 +35,24 @@ def own_configs(model: nn.Module) -> list[Held]:
     for module, key, config in held:
         setattr(module, key, copy.deepcopy(config, copies))
     return held
+
+
+def made_with_own_configs(model: PreTrainedModel) -> None:
+    """``own_configs`` at the end of a constructor; parts, whose constructors have ended before, go on sharing with it."""
+    mine = {id(config) for config in _with_subs(model.config)}
+    for module, key, config in configs(model):
+        copied, origin = _copied.get(module, {}).get(key, (None, None))
+        if copied is config and id(origin) in mine:
+            setattr(module, key, origin)
+    for module, key, origin in own_configs(model):
+        _copied.setdefault(module, {})[key] = getattr(module, key), origin
+
+
+def _with_subs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for key in config.sub_configs:
+        if isinstance(sub := getattr(config, key, None), PreTrainedConfig):
+            yield from _with_subs(sub)
 
 
 def undo(held: list[Held]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from liegroup_attn.errors import ConversionError
 from liegroup_attn.integrations.transformers.attention import Call, recorded_calls
 from liegroup_attn.integrations.transformers.configs import configs, own_configs, plain_implementation, undo
 from liegroup_attn.integrations.transformers.inputs import dummy_inputs, example
-from liegroup_attn.integrations.transformers.loading import NAME, attach, detach, flowing, register, written
+from liegroup_attn.integrations.transformers.loading import NAME, attach, detach, flowing, register, ways, written
 from liegroup_attn.nn.convert import ConvertedLayer
 
 __all__ = ["DROP_INS", "WHOLE_MODELS", "convert_model", "restore_model"]
@@ -74,26 +74,64 @@ def convert_model(
     return layers
 
 
-def restore_model(name: str, model: PreTrainedModel) -> list[ConvertedLayer]:
-    """Take the flows out, and switch to the implementation that the model had.
+def restore_model(name: str, model: PreTrainedModel, chosen: Callable[[str], bool]) -> list[ConvertedLayer]:
+    """Take flows out; with the last one switch to the implementation that the model had.
+
+    The model gets a configuration of its own: another may have been made from the one it has.
 
     Args:
         name: path of the model.
         model: changed in place.
+        chosen: path → whether its flow is taken out.
 
     Returns:
         An entry an attention that had a flow.
     """
-    layers = []
+    layers, gone = [], set()
     for path, module in list(flowing(model)):
-        detach(module)
-        layers.append(ConvertedLayer(_join(name, path), type(module).__name__, "restored"))
-    said = getattr(model.config, "lie_attention", None)
-    if said is not None:
-        for config in {id(config): config for _, _, config in configs(model)}.values():
-            vars(config).pop("lie_attention", None)
-        model.set_attn_implementation(said["plain"])
+        if chosen(_join(name, path)):
+            detach(module)
+            gone.add(path)
+            layers.append(ConvertedLayer(_join(name, path), type(module).__name__, "restored"))
+    if not any(True for _ in _said(model)):
+        return layers
+    own_configs(model)
+    if any(True for _ in flowing(model)):
+        for path, part in list(_said(model)):
+            _strike(part, {inner.removeprefix(f"{path}." if path else "") for inner in gone})
+        return layers
+    parts = [(part, part.config.lie_attention["plain"]) for _, part in _said(model)]
+    whole = [(part, plain) for part, plain in parts if part is model]
+    for config in {id(config): config for _, _, config in configs(model)}.values():
+        vars(config).pop("lie_attention", None)
+    for part, plain in whole or parts:
+        part.set_attn_implementation(plain)
     return layers
+
+
+def _said(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Path and part, for each configuration that names flows."""
+    seen: set[int] = set()
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and id(part.config) not in seen:
+            seen.add(id(part.config))
+            if getattr(part.config, "lie_attention", None):
+                yield path, part
+
+
+def _strike(part: PreTrainedModel, gone: set[str]) -> None:
+    """Take paths out of what a configuration names."""
+    said = part.config.lie_attention
+    gone = {way for path in gone for way in ways(part, path)}
+    flows = [
+        {**spec, "layers": {path: size for path, size in spec["layers"].items() if path not in gone}}
+        for spec in said["flows"]
+    ]
+    flows = [spec for spec in flows if spec["layers"]]
+    if flows:
+        part.config.lie_attention = {**said, "flows": flows}
+    else:
+        del part.config.lie_attention
 
 
 def _write(model: PreTrainedModel, sizes: dict[str, list[int]], options: dict[str, Any], plain: Any) -> None:
@@ -174,11 +212,20 @@ def _silent(model: nn.Module, calls: list[Call]) -> list[str]:
     found = []
     for path, module in model.named_modules():
         looks = re.search(r"(Attention|Attn)$", type(module).__name__) and id(module) not in callers
+        looks = looks and not isinstance(module, nn.MultiheadAttention)  # PyTorch's own: reported as kept
         across = _ACROSS.search(f"{path}.{type(module).__name__}") or getattr(module, "is_cross_attention", False)
         kin = any(p.startswith(f"{path}.") or path.startswith(f"{p}.") for p in paths)
         if looks and not across and not kin:
             found.append(path)
     return found
+
+
+def _by_hand(name: str, module: nn.MultiheadAttention, unwanted: str | None) -> ConvertedLayer:
+    """What becomes of PyTorch's attention inside a model of Transformers."""
+    if getattr(module, "lie", None) is not None:
+        return ConvertedLayer(name, type(module).__name__, "already converted")
+    reason = unwanted or "torch.nn.MultiheadAttention inside a Transformers model: convert it by hand"
+    return ConvertedLayer(name, type(module).__name__, "kept", reason)
 
 
 def _sort(
@@ -195,9 +242,11 @@ def _sort(
     layers, sizes = [], {}
     for path, module in model.named_modules():
         own = by_module.get(id(module))
-        if own is None:
-            continue
         kind, full = type(module).__name__, _join(name, path)
+        if own is None:
+            if isinstance(module, nn.MultiheadAttention):
+                layers.append(_by_hand(full, module, wanted(full)))
+            continue
         if path in before:
             layers.append(ConvertedLayer(full, kind, "already converted"))
             continue

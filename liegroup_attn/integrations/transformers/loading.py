@@ -14,11 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.integrations.transformers.attention import lie_attention_forward
-from liegroup_attn.integrations.transformers.cache import note_call
+from liegroup_attn.integrations.transformers.cache import check_call, note_call
+from liegroup_attn.integrations.transformers.configs import made_with_own_configs
 from liegroup_attn.integrations.transformers.masks import lie_mask
 from liegroup_attn.nn.flow import LieFlow
 
-__all__ = ["NAME", "attach", "detach", "flowing", "register", "written"]
+__all__ = ["NAME", "attach", "detach", "flowing", "register", "ways", "written"]
 
 NAME = "lie"
 
@@ -27,8 +28,8 @@ def register() -> None:
     """Make Transformers know the attention implementation "lie", and ``from_pretrained`` the models converted to it.
 
     Attention and mask function are registered together: without the second one padding would be seen. From then on a
-    model whose ``config.lie_attention`` says so gets its flows when it is made, before weights are loaded. Calling it
-    again changes nothing.
+    model whose ``config.lie_attention`` says so gets its flows when it is made, before weights are loaded. Importing
+    ``liegroup_attn.integrations.transformers`` calls it; calling it again changes nothing.
 
     Example:
         >>> from transformers import AttentionInterface
@@ -59,14 +60,18 @@ def attach(model: nn.Module, spec: dict[str, Any]) -> None:
         where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
         module.lie = LieFlow(num_heads, head_width, **options, **where).train(module.training)
         module.register_forward_pre_hook(note_call, with_kwargs=True)
+        module.register_forward_hook(check_call)
 
 
 def detach(module: nn.Module) -> None:
-    """Take a flow and its hook out of a module."""
+    """Take a flow and its hooks out of a module."""
     del module.lie
+    module.__dict__.pop("_lie_call", None)
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_call]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [key for key, hook in module._forward_hooks.items() if hook is check_call]:
+        del module._forward_hooks[key]
 
 
 def flowing(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -86,28 +91,39 @@ def _with_flows(post_init: Any) -> Any:
     @wraps(post_init)
     def wrapped(self: PreTrainedModel) -> None:
         post_init(self)
-        groups = getattr(self.config, "lie_attention", None)
-        if groups and _attach_all(self, groups["flows"]):
-            self.set_attn_implementation(NAME)
+        if groups := getattr(self.config, "lie_attention", None):
+            _attach_all(self, groups["flows"])
+        parts = [part for part in _naming(self) if any(True for _ in flowing(part))]
+        if parts:
+            made_with_own_configs(self)
+        for part in parts:
+            part.set_attn_implementation(NAME)
 
     wrapped._lie = True  # type: ignore[attr-defined]
     return wrapped
 
 
-def _attach_all(model: PreTrainedModel, flows: list[dict[str, Any]]) -> bool:
-    """Attach what a configuration names in this model, with its head or without; whether there was anything."""
+def _naming(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and its parts whose configurations name flows."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in parts if getattr(part.config, "lie_attention", None)]
+
+
+def _attach_all(model: PreTrainedModel, flows: list[dict[str, Any]]) -> None:
+    """Attach what a configuration names in this model."""
     names = {name for name, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    any_found = False
     for spec in flows:
         found = {}
         for path, sizes in spec["layers"].items():
-            ways = (path, path.removeprefix(prefix), prefix + path)
-            if (here := next((way for way in ways if way in names), None)) is not None:
+            if (here := next((way for way in ways(model, path) if way in names), None)) is not None:
                 found[here] = sizes
         attach(model, {**spec, "layers": found})
-        any_found |= bool(found)
-    return any_found
+
+
+def ways(model: PreTrainedModel, path: str) -> tuple[str, str, str]:
+    """What a path may be called: as it is, in a model without the head, in one with it."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    return path, path.removeprefix(prefix), prefix + path
 
 
 def _with_check(from_pretrained: Any) -> Any:
