@@ -29,9 +29,9 @@ class FineTune(L.LightningModule):
     logits and targets (``ignore_index`` −100): override ``task_loss`` for another. With a teacher it is
     α·T²·KL(teacher ‖ student at temperature T) + (1 − α)·task loss, with α = 1 for batches without targets.
 
-    With ``trainable="lie"`` all but the flows is frozen, and the model stays in eval mode while it trains: no dropout, no
-    running statistics (nor gradient checkpointing where a model does it in training mode only). With "all" nothing is
-    frozen that was not before, and training mode is as ever.
+    With ``trainable="lie"`` all but the flows is frozen and stays in eval mode while they train: no dropout, no running
+    statistics (nor gradient checkpointing where a model does it in training mode only). With "all" nothing is frozen that
+    was not before, and training mode is as ever.
 
     Logs ``train/loss``, ``train/kl`` with a teacher, ``time/<module>`` (mean over heads), and for validation and test
     loss, kl, and what is apt: accuracy for one class an item, perplexity (exp of the loss) for one a token.
@@ -105,6 +105,8 @@ class FineTune(L.LightningModule):
         super().train(mode)
         if self.hparams.trainable == "lie":
             self.model.eval()
+            for flow in _flows(self.model).values():
+                flow.train(mode)  # what puts times back into [0, max_time]; dropout is its attention's
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FineTune:

@@ -84,6 +84,24 @@ def test_what_moves_and_what_stays(tmp_path, trainable):
     assert held == {id(p) for p in tuner.parameters() if p.requires_grad}
 
 
+def test_review_h1_flows_alone_are_put_back_into_their_interval_and_nothing_drops(tmp_path):
+    tuner = FineTune(converted(dropout=0.5), lie_learning_rate=0.7)
+    times = [flow.time for flow in tuner.model.modules() if isinstance(flow, LieFlow)]
+    with torch.no_grad():
+        for time in times:
+            time.fill_(5.0)
+    words, _ = batch = next(iter(loader()))
+    tuner.training_step(batch, 0)
+    assert all(bool((time == 1.0).all()) for time in times)
+    assert torch.equal(tuner.model(words), tuner.model(words))
+    trainer(tmp_path, max_steps=8).fit(tuner, loader(), loader())
+    words, _ = next(iter(loader()))
+    tuner.model(words)
+    assert all(bool(((time >= 0) & (time <= 1)).all()) for time in times)
+    tuner.eval()
+    assert not any(module.training for module in tuner.modules())
+
+
 def test_frozen_before_stays_frozen_with_all():
     model = converted()
     model.embedding.requires_grad_(False)
