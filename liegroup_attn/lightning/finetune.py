@@ -23,8 +23,8 @@ __all__ = ["FineTune"]
 class FineTune(L.LightningModule):
     """Fine-tune a model that ``nn.convert_attention`` has converted, or distil a teacher into it.
 
-    Batches are dicts, handed to the model as keyword arguments (without ``labels`` if it takes none), or pairs
-    (inputs, targets), of which the model gets the first. It returns the logits, classes last, or a dict or object that has
+    Batches are dicts, handed to model and teacher as keyword arguments (without ``labels`` where one takes none), or pairs
+    (inputs, targets), of which they get the first. The model returns the logits, classes last, or a dict or object that has
     ``logits`` and perhaps ``loss``, as Transformers' models do. The loss is the model's own, else the cross-entropy of
     logits and targets (``ignore_index`` −100): override ``task_loss`` for another. With a teacher it is
     α·T²·KL(teacher ‖ student at temperature T) + (1 − α)·task loss, with α = 1 for batches without targets.
@@ -88,7 +88,6 @@ class FineTune(L.LightningModule):
         # In a list it is no submodule: not in state_dict, parameters or checkpoints, not wrapped by DDP.
         self._teacher = [teacher.requires_grad_(False).eval()] if isinstance(teacher, nn.Module) else []
         self.model = model
-        self._takes_labels = takes(model, "labels")
         self._sums: Tensor | None = None
         if trainable == "lie":
             flows = {id(p) for flow in _flows(model).values() for p in flow.parameters()}
@@ -157,7 +156,7 @@ class FineTune(L.LightningModule):
     def _call(self, model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Mapping):
             return model(batch[0])
-        return model(**{k: v for k, v in batch.items() if k != "labels" or self._takes_labels})
+        return model(**{k: v for k, v in batch.items() if k != "labels" or takes(model, "labels")})
 
     def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss, its parts by name, and the logits."""
@@ -174,10 +173,10 @@ class FineTune(L.LightningModule):
             raise ValueError(
                 "batch: expected labels or a teacher, got neither; add labels, or targets as in (inputs, targets)"
             )
-        if "kl" not in found or task is None:
-            return next(iter(found.values())), found, logits
         alpha = self.hparams.alpha
-        return alpha * found["kl"] + (1 - alpha) * task, found, logits
+        if task is None or ("kl" in found and alpha == 1):  # 0·task would be NaN without a target that counts
+            return found["kl"], found, logits
+        return alpha * found["kl"] + (1 - alpha) * task if "kl" in found else task, found, logits
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         loss, found, logits = self._losses(batch)

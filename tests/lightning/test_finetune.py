@@ -197,6 +197,24 @@ def test_the_models_own_loss_goes_first():
     assert torch.equal(tuner._losses(batch)[0], output["loss"])
 
 
+@pytest.mark.parametrize(("student", "teacher"), [(Language, Bare), (Bare, Language)])
+def test_review_m8_labels_go_to_whom_they_are_for(student, teacher):
+    tuner = FineTune(converted(student), teacher=teacher())
+    loss, found, *_ = tuner._losses(next(iter(dicts())))
+    torch.testing.assert_close(loss, 0.5 * found["kl"] + 0.5 * found["task"])
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_review_l2_the_teacher_alone_needs_no_target_that_counts(own_loss):
+    tuner = FineTune(converted(Language, own_loss=own_loss), teacher=Language(), alpha=1.0)
+    batch = next(iter(dicts()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = tuner.training_step(batch, 0)
+    loss.backward()
+    assert loss == 0
+    assert all(bool(p.grad.isfinite().all()) for p in tuner.parameters() if p.grad is not None)
+
+
 def test_what_is_logged(tmp_path):
     tuner = FineTune(converted(dropout=0.0), teacher="softmax")
     one = trainer(tmp_path, max_steps=6)  # an epoch
