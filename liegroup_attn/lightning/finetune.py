@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
-from liegroup_attn.lightning.outputs import distillation, logits_of, part_of, takes, targets_of
+from liegroup_attn.lightning.outputs import (
+    distillation,
+    logits_of,
+    part_of,
+    shifted,
+    shifts,
+    takes,
+    targets_of,
+)
 from liegroup_attn.nn import LieFlow, restore_attention
 
 __all__ = ["FineTune"]
@@ -47,6 +55,10 @@ class FineTune(L.LightningModule):
         lie_learning_rate: of the flows, whose weight decay is 0.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise; a cosine to a tenth follows.
+        shift_labels: the label of a token is what the one before has to predict, so that the teacher counts where the task
+            does. None: where the model's own loss is used and its class is a ``…ForCausalLM`` or ``…LMHeadModel`` of
+            Transformers. Say False for the few whose loss does not shift (``BartForCausalLM``), True for a model that
+            does in another class; without a loss of its own the cross-entropy then shifts, too.
 
     Raises:
         ConversionError: no converted attention in the model.
@@ -77,6 +89,7 @@ class FineTune(L.LightningModule):
         lie_learning_rate: float = 1e-2,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["model", "teacher"])
@@ -123,6 +136,7 @@ class FineTune(L.LightningModule):
         own = part_of(output, "loss")
         if own is not None or targets is None:
             return own
+        targets = shifted(targets) if self.hparams.shift_labels else targets
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -168,7 +182,7 @@ class FineTune(L.LightningModule):
         if self._teacher:
             with torch.no_grad():
                 wanted = logits_of(self._call(self._teacher[0], batch))
-            found["kl"] = distillation(logits, wanted, self.hparams.temperature, targets)
+            found["kl"] = distillation(logits, wanted, self.hparams.temperature, self._aligned(output, targets))
         if not found:
             raise ValueError(
                 "batch: expected labels or a teacher, got neither; add labels, or targets as in (inputs, targets)"
@@ -177,6 +191,13 @@ class FineTune(L.LightningModule):
         if task is None or ("kl" in found and alpha == 1):  # 0·task would be NaN without a target that counts
             return found["kl"], found, logits
         return alpha * found["kl"] + (1 - alpha) * task if "kl" in found else task, found, logits
+
+    def _aligned(self, output: Any, targets: Tensor | None) -> Tensor | None:
+        """Targets of the tokens that predict them."""
+        shift = self.hparams.shift_labels
+        if shift is None:
+            shift = part_of(output, "loss") is not None and shifts(self.model)
+        return shifted(targets) if shift and targets is not None else targets
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         loss, found, logits = self._losses(batch)

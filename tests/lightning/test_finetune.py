@@ -38,6 +38,10 @@ class Language(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
 
 
+class LanguageForCausalLM(Language):
+    """Named as Transformers' models that shift the labels themselves."""
+
+
 class Bare(Language):
     """Takes no labels, returns a tensor."""
 
@@ -213,6 +217,44 @@ def test_review_l2_the_teacher_alone_needs_no_target_that_counts(own_loss):
     loss.backward()
     assert loss == 0
     assert all(bool(p.grad.isfinite().all()) for p in tuner.parameters() if p.grad is not None)
+
+
+SHIFTS = {
+    "causal": (LanguageForCausalLM, True, None),
+    "told": (Language, True, True),
+    "no own loss": (Language, False, True),
+    "as they are": (LanguageForCausalLM, False, None),
+    "told not": (Language, False, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "own_loss", "shift"), SHIFTS.values(), ids=SHIFTS)
+def test_review_m4_the_teacher_counts_where_the_task_does(kind, own_loss, shift):
+    tuner = FineTune(converted(kind, own_loss=own_loss), teacher=Language(), shift_labels=shift)
+    batch = next(iter(dicts(padded=True)))
+    batch["labels"][0, 0] = -100
+    kept = []
+    tuner.model.head.register_forward_hook(lambda *args: kept.append(args[-1]))
+    tuner.model.head.requires_grad_(True)
+    _, found, *_ = tuner._losses(batch)
+    places = [torch.autograd.grad(found[name], kept[0], retain_graph=True)[0].abs().sum(-1) > 0 for name in found]
+    assert set(found) == {"kl", "task"}
+    assert torch.equal(*places)
+    assert places[0].any()
+
+
+def test_review_m4_with_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=WORDS, n_positions=TOKENS, n_embd=8, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    convert_attention(model)
+    tuner = FineTune(model, teacher=transformers.GPT2LMHeadModel(config))
+    kept = []
+    model.lm_head.register_forward_hook(lambda *args: kept.append(args[-1]))
+    _, found, *_ = tuner._losses(next(iter(dicts(padded=True))))
+    places = [torch.autograd.grad(found[name], kept[0], retain_graph=True)[0].abs().sum(-1) > 0 for name in found]
+    assert torch.equal(*places)
+    assert places[0].sum(-1).tolist() == [TOKENS - 3] * 4
 
 
 def test_what_is_logged(tmp_path):
