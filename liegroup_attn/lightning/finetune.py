@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.outputs import (
+    counted,
     distillation,
     logits_of,
     part_of,
@@ -42,7 +43,8 @@ class FineTune(L.LightningModule):
     was not before, and training mode is as ever.
 
     Logs ``train/loss``, ``train/kl`` with a teacher, ``time/<module>`` (mean over heads), and for validation and test
-    loss, kl, and what is apt: accuracy for one class an item, perplexity (exp of the loss) for one a token.
+    loss, kl, and what is apt: accuracy for one class an item, perplexity (exp of the task loss) for one a token. These
+    are means over all items or tokens whose target is not −100, whatever batch they are in.
 
     Args:
         model: converted; no hyperparameter, so load with ``load_from_checkpoint(path, model=model)``.
@@ -140,7 +142,7 @@ class FineTune(L.LightningModule):
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, found, logits = self._losses(batch)
+        loss, found, logits, _ = self._losses(batch)
         size = len(logits)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if "kl" in found:
@@ -172,25 +174,27 @@ class FineTune(L.LightningModule):
             return model(batch[0])
         return model(**{k: v for k, v in batch.items() if k != "labels" or takes(model, "labels")})
 
-    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss, its parts by name, and the logits."""
+    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        """The loss, its parts by name, the logits, and the targets at the tokens that predict them."""
         targets = targets_of(batch)
         output = self(batch)
         logits = logits_of(output)
         task = self.task_loss(output, logits, targets)
+        targets = self._aligned(output, targets)
         found = {} if task is None else {"task": task}
         if self._teacher:
             with torch.no_grad():
                 wanted = logits_of(self._call(self._teacher[0], batch))
-            found["kl"] = distillation(logits, wanted, self.hparams.temperature, self._aligned(output, targets))
+            found["kl"] = distillation(logits, wanted, self.hparams.temperature, targets)
         if not found:
             raise ValueError(
                 "batch: expected labels or a teacher, got neither; add labels, or targets as in (inputs, targets)"
             )
         alpha = self.hparams.alpha
         if task is None or ("kl" in found and alpha == 1):  # 0·task would be NaN without a target that counts
-            return found["kl"], found, logits
-        return alpha * found["kl"] + (1 - alpha) * task if "kl" in found else task, found, logits
+            return found["kl"], found, logits, targets
+        loss = alpha * found["kl"] + (1 - alpha) * task if "kl" in found else task
+        return loss, found, logits, targets
 
     def _aligned(self, output: Any, targets: Tensor | None) -> Tensor | None:
         """Targets of the tokens that predict them."""
@@ -200,21 +204,19 @@ class FineTune(L.LightningModule):
         return shifted(targets) if shift and targets is not None else targets
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        loss, found, logits = self._losses(batch)
-        shared: dict[str, Any] = {"batch_size": len(logits), "sync_dist": True}
+        loss, found, logits, targets = self._losses(batch)
+        counts = counted(logits, targets)
+        size = len(logits) if counts is None else int(counts.sum())
+        if not size:  # nothing that counts: a mean over nothing
+            loss, found = loss.new_zeros(()), {name: value.new_zeros(()) for name, value in found.items()}
+        shared: dict[str, Any] = {"batch_size": size, "sync_dist": True}
         self.log(f"{stage}/loss", loss, prog_bar=True, **shared)
         if "kl" in found:
             self.log(f"{stage}/kl", found["kl"], **shared)
-        targets = targets_of(batch)
-        if (
-            targets is not None
-            and logits.dim() == 2
-            and targets.shape == logits.shape[:1]
-            and not targets.is_floating_point()
-        ):
-            self.log(f"{stage}/accuracy", (logits.argmax(-1) == targets).float().mean(), **shared)
+        if counts is not None and logits.dim() == 2:
+            self.log(f"{stage}/accuracy", (logits.argmax(-1) == targets).sum() / max(size, 1), **shared)
         elif "task" in found and logits.dim() == 3:
-            sums = torch.stack([found["task"].detach().double() * len(logits), loss.new_tensor(len(logits)).double()])
+            sums = torch.stack([found["task"].detach().double() * size, loss.new_tensor(size, dtype=torch.double)])
             self._sums = sums if self._sums is None else self._sums + sums
 
     def _log_perplexity(self, stage: str) -> None:

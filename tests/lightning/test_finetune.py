@@ -129,7 +129,7 @@ def test_at_time_0_the_teacher_is_the_student(tmp_path):
     tuner = FineTune(converted(dropout=0.3), teacher="softmax", alpha=1.0)
     assert not any(isinstance(m, LieFlow) for m in tuner.teacher.modules())
     batch = next(iter(loader()))
-    loss, found, _ = tuner._losses(batch)
+    loss, found, *_ = tuner._losses(batch)
     assert float(found["kl"].detach()) == pytest.approx(0.0, abs=1e-7)
     torch.testing.assert_close(loss, found["kl"])
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_the_loss_is_the_stated_mixture():
     teacher = nn.Sequential(nn.Embedding(WORDS, CLASSES), Mean())
     tuner = FineTune(model, teacher=teacher, alpha=0.25, temperature=3.0)
     words, labels = next(iter(loader()))
-    loss, _, logits = tuner._losses((words, labels))
+    loss, _, logits, _ = tuner._losses((words, labels))
     p, q = (x.double().div(3.0).softmax(-1) for x in (teacher(words), logits))
     kl = 9 * (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(loss.double(), 0.25 * kl + 0.75 * F.cross_entropy(logits.double(), labels))
@@ -217,6 +217,26 @@ def test_review_l2_the_teacher_alone_needs_no_target_that_counts(own_loss):
     loss.backward()
     assert loss == 0
     assert all(bool(p.grad.isfinite().all()) for p in tuner.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_review_l3_every_token_weighs_the_same(tmp_path, own_loss):
+    ids = torch.randint(WORDS, (3, 4, TOKENS), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[1, :, -3:], labels[1, 2:], labels[2] = -100, -100, -100  # of the third batch nothing counts
+    data = [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)]
+    tuner = FineTune(converted(LanguageForCausalLM, own_loss=own_loss), teacher=Language())
+    given = torch.utils.data.DataLoader(data, batch_size=None)
+    (found,) = trainer(tmp_path).validate(tuner, given, verbose=False)
+    with torch.no_grad():
+        student, teacher = (m(ids.flatten(0, 1))["logits"] for m in (tuner.model, tuner.teacher))
+    wanted = labels.flatten(0, 1)
+    if own_loss:
+        student, teacher, wanted = student[:, :-1], teacher[:, :-1], wanted[:, 1:]
+    task, kl = F.cross_entropy(student.flatten(0, 1), wanted.flatten()), distillation(student, teacher, 1.0, wanted)
+    assert found["validation/perplexity"] == pytest.approx(float(task.exp()), rel=1e-5)
+    assert found["validation/kl"] == pytest.approx(float(kl), rel=1e-5)
+    assert found["validation/loss"] == pytest.approx(float(kl + task) / 2, rel=1e-5)
 
 
 SHIFTS = {
