@@ -24,6 +24,7 @@ from liegroup_attn.lightning.outputs import (
     takes,
     targets_of,
 )
+from liegroup_attn.lightning.stored_flows import check_laws, law_of
 from liegroup_attn.nn import LieFlow, restore_attention
 
 __all__ = ["FineTune"]
@@ -47,7 +48,8 @@ class FineTune(L.LightningModule):
     are means over all items or tokens whose target is not −100, whatever batch they are in.
 
     Args:
-        model: converted; no hyperparameter, so load with ``load_from_checkpoint(path, model=model)``.
+        model: converted; no hyperparameter, so load with ``load_from_checkpoint(path, model=model)``, the model converted
+            with the clock, first hop and max_time of the checkpoint: others are refused.
         trainable: "lie" or "all".
         teacher: frozen, in eval mode, in no checkpoint; "softmax" is a copy of the model with its flows taken out,
             made before anything is trained or loaded.
@@ -63,7 +65,7 @@ class FineTune(L.LightningModule):
             does in another class; without a loss of its own the cross-entropy then shifts, too.
 
     Raises:
-        ConversionError: no converted attention in the model.
+        ConversionError: no converted attention in the model; a checkpoint whose flows have another law.
         ValueError: an unknown word, alpha or temperature out of range; no loss and no targets.
 
     Example:
@@ -163,11 +165,20 @@ class FineTune(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lie_laws"] = self._laws()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_laws(checkpoint.get("lie_laws", {}), self._laws())
+
     def configure_optimizers(self) -> Any:
         h = self.hparams
         optimizer = build_optimizer(self, h.learning_rate, h.weight_decay, lie_learning_rate=h.lie_learning_rate)
         schedule = warmup_cosine(optimizer, h.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _laws(self) -> dict[str, dict[str, Any]]:
+        return {name: law_of(flow) for name, flow in _flows(self.model).items()}
 
     def _call(self, model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Mapping):

@@ -11,7 +11,7 @@ from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.nn import LieFlow
 
-__all__ = ["LIE_NAME", "check_law", "fit_state", "plain_options", "refuse_resume"]
+__all__ = ["LIE_NAME", "check_law", "check_laws", "fit_state", "law_of", "plain_options", "refuse_resume"]
 
 LIE_NAME = re.compile(r"(?:^|\.)lie\.(?:time|rate_weight|rate_bias)$")
 
@@ -46,6 +46,22 @@ def check_law(stored: Any, own: Any) -> None:
         raise ConversionError(
             f"checkpoint: expected flows with (first_hop, clock) = {second}, got {first}; convert with lie_attention={stored}"
         )
+
+
+def law_of(flow: LieFlow) -> dict[str, Any]:
+    """What a flow computes that its parameters do not tell, as plain values."""
+    return {"clock": repr(flow.clock), "first_hop": flow.first_hop, "max_time": flow.max_time}
+
+
+def check_laws(stored: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> None:
+    """Raise unless flows of the same path, on either side, have the same law."""
+    for path in sorted(stored.keys() & own.keys()):
+        if stored[path] != own[path]:
+            wanted = ", ".join(f"{name}={value!r}" for name, value in stored[path].items())
+            raise ConversionError(
+                f"checkpoint: expected for {path or 'the model'} a flow with {own[path]}, got {stored[path]}; convert the "
+                f"model with {wanted} before it is loaded"
+            )
 
 
 def fit_state(module: nn.Module, state: dict[str, Tensor], from_plain: bool, remedy: str) -> bool:

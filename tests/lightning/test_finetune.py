@@ -49,10 +49,10 @@ class Bare(Language):
         return super().forward(input_ids)["logits"]
 
 
-def converted(kind=Classifier, **options) -> nn.Module:
+def converted(kind=Classifier, lie: dict | None = None, **options) -> nn.Module:
     torch.manual_seed(0)
     model = kind(**options)
-    convert_attention(model)
+    convert_attention(model, **lie or {})
     return model
 
 
@@ -307,6 +307,26 @@ def test_the_teacher_is_in_no_checkpoint_and_the_rest_loads(tmp_path):
     assert loaded.teacher is None
     assert loaded.hparams.lie_learning_rate == 0.02
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in tuner.state_dict().items())
+
+
+OTHER = {
+    "clock": ({"clock": "ExponentialClock"}, r"'ExponentialClock\(\)'.*; convert the model with clock='FixedClock\(\)'"),
+    "first hop": ({"first_hop": False}, "expected for encoder.layers.0.self_attn a flow with.*'first_hop': False"),
+    "max_time": ({"max_time": 2.0}, "convert the model with .*max_time=1.0 before it is loaded"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OTHER.values(), ids=OTHER)
+def test_review_m5_a_checkpoint_of_another_law_is_refused(tmp_path, options, message):
+    one = trainer(tmp_path, max_steps=1)
+    one.fit(FineTune(converted()), loader())
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    laws = torch.load(tmp_path / "a.ckpt", weights_only=True)["lie_laws"]
+    assert laws["encoder.layers.1.self_attn"] == {"clock": "FixedClock()", "first_hop": True, "max_time": 1.0}
+    with pytest.raises(ConversionError, match=message):
+        FineTune.load_from_checkpoint(tmp_path / "a.ckpt", model=converted(lie=options))
+    with pytest.raises(ConversionError, match=message):
+        trainer(tmp_path).fit(FineTune(converted(lie=options)), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_the_teacher_goes_where_the_model_goes():
