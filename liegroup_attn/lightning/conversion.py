@@ -80,8 +80,10 @@ class LieConversion(L.LightningModule):
         given = (lie_attention, saved, type(self).lie_attention)
         self.lie_attention = plain_options(next(options for options in given if options is not None))
         self.from_plain = from_plain
-        self.hparams.pop("from_plain", None)
-        self.hparams["lie_attention"] = copy.deepcopy(self.lie_attention)
+        # What is saved, and, where theirs saves any, what Lightning hands to loggers: it copied them before this.
+        for kept in (self.hparams, getattr(self, "_hparams_initial", {})):
+            kept.pop("from_plain", None)
+            kept["lie_attention"] = copy.deepcopy(self.lie_attention)
 
     def configure_model(self) -> None:
         super().configure_model()

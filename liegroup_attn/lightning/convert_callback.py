@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.lightning.conversion import LieConversion
-from liegroup_attn.lightning.stored_flows import LIE_NAME, check_law, fit_state, plain_options, refuse_resume
+from liegroup_attn.lightning.stored_flows import (
+    LIE_NAME,
+    check_law,
+    check_options,
+    fit_state,
+    plain_options,
+    refuse_resume,
+)
 from liegroup_attn.nn import LieFlow, convert_attention
 
 __all__ = ["ConvertAttention"]
@@ -21,7 +28,7 @@ class ConvertAttention(L.Callback):
     """Convert the attention of whatever module is trained: a convenience for configs and trials.
 
     It converts in ``setup``, before the optimizer is made and a checkpoint is loaded, logs the report once, and leaves
-    alone what is converted already; give it for every stage. Resuming works. Where it ends: a module that is built in
+    alone what is converted already with these options; give it for every stage. Resuming works. Where it ends: a module that is built in
     ``configure_model`` comes too late, and ``TheirModule.load_from_checkpoint`` knows nothing of callbacks and finds
     names it does not expect: use :func:`load_converted`, or the mixin :class:`LieConversion`, which has neither limit.
 
@@ -40,7 +47,7 @@ class ConvertAttention(L.Callback):
         from_plain: let ``validate``, ``test`` and ``predict`` take a checkpoint without any flow, and start with fresh ones.
 
     Raises:
-        ConversionError: nothing to convert, or a checkpoint that does not fit.
+        ConversionError: nothing to convert, something converted with other options, or a checkpoint that does not fit.
 
     Example:
         >>> ConvertAttention(exclude="decoder.*", clock="ExponentialClock").options["exclude"]
@@ -85,6 +92,8 @@ class ConvertAttention(L.Callback):
                 f"{error}\nWhat configure_model builds comes after this callback: class Mine(LieConversion, "
                 f"{type(pl_module).__name__}) converts it"
             ) from None
+        already = [layer.name for layer in report.layers if layer.outcome == "already converted"]
+        check_options(pl_module, already, self.options, type(self).__name__)  # they go into the checkpoint
         if report.converted:
             rank_zero_info(str(report))
         self._check = pl_module.register_load_state_dict_pre_hook(self._fit)

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
-from liegroup_attn.lightning.outputs import distillation, logits_of, part_of, takes, targets_of
+from liegroup_attn.lightning.outputs import (
+    counted,
+    distillation,
+    logits_of,
+    part_of,
+    shifted,
+    shifts,
+    takes,
+    targets_of,
+)
+from liegroup_attn.lightning.stored_flows import check_laws, law_of
 from liegroup_attn.nn import LieFlow, restore_attention
 
 __all__ = ["FineTune"]
@@ -23,21 +33,23 @@ __all__ = ["FineTune"]
 class FineTune(L.LightningModule):
     """Fine-tune a model that ``nn.convert_attention`` has converted, or distil a teacher into it.
 
-    Batches are dicts, handed to the model as keyword arguments (without ``labels`` if it takes none), or pairs
-    (inputs, targets), of which the model gets the first. It returns the logits, classes last, or a dict or object that has
+    Batches are dicts, handed to model and teacher as keyword arguments (without ``labels`` where one takes none), or pairs
+    (inputs, targets), of which they get the first. The model returns the logits, classes last, or a dict or object that has
     ``logits`` and perhaps ``loss``, as Transformers' models do. The loss is the model's own, else the cross-entropy of
     logits and targets (``ignore_index`` −100): override ``task_loss`` for another. With a teacher it is
     α·T²·KL(teacher ‖ student at temperature T) + (1 − α)·task loss, with α = 1 for batches without targets.
 
-    With ``trainable="lie"`` all but the flows is frozen, and the model stays in eval mode while it trains: no dropout, no
-    running statistics (nor gradient checkpointing where a model does it in training mode only). With "all" nothing is
-    frozen that was not before, and training mode is as ever.
+    With ``trainable="lie"`` all but the flows is frozen and stays in eval mode while they train: no dropout, no running
+    statistics (nor gradient checkpointing where a model does it in training mode only). With "all" nothing is frozen that
+    was not before, and training mode is as ever.
 
     Logs ``train/loss``, ``train/kl`` with a teacher, ``time/<module>`` (mean over heads), and for validation and test
-    loss, kl, and what is apt: accuracy for one class an item, perplexity (exp of the loss) for one a token.
+    loss, kl, and what is apt: accuracy for one class an item, perplexity (exp of the task loss) for one a token. These
+    are means over all items or tokens whose target is not −100, whatever batch they are in.
 
     Args:
-        model: converted; no hyperparameter, so load with ``load_from_checkpoint(path, model=model)``.
+        model: converted; no hyperparameter, so load with ``load_from_checkpoint(path, model=model)``, the model converted
+            with the clock, first hop and max_time of the checkpoint: others are refused.
         trainable: "lie" or "all".
         teacher: frozen, in eval mode, in no checkpoint; "softmax" is a copy of the model with its flows taken out,
             made before anything is trained or loaded.
@@ -47,9 +59,13 @@ class FineTune(L.LightningModule):
         lie_learning_rate: of the flows, whose weight decay is 0.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise; a cosine to a tenth follows.
+        shift_labels: the label of a token is what the one before has to predict, so that the teacher counts where the task
+            does. None: where the model's own loss is used and its class is a ``…ForCausalLM`` or ``…LMHeadModel`` of
+            Transformers. Say False for the few whose loss does not shift (``BartForCausalLM``), True for a model that
+            does in another class; without a loss of its own the cross-entropy then shifts, too.
 
     Raises:
-        ConversionError: no converted attention in the model.
+        ConversionError: no converted attention in the model; a checkpoint whose flows have another law.
         ValueError: an unknown word, alpha or temperature out of range; no loss and no targets.
 
     Example:
@@ -77,6 +93,7 @@ class FineTune(L.LightningModule):
         lie_learning_rate: float = 1e-2,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        shift_labels: bool | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["model", "teacher"])
@@ -88,7 +105,6 @@ class FineTune(L.LightningModule):
         # In a list it is no submodule: not in state_dict, parameters or checkpoints, not wrapped by DDP.
         self._teacher = [teacher.requires_grad_(False).eval()] if isinstance(teacher, nn.Module) else []
         self.model = model
-        self._takes_labels = takes(model, "labels")
         self._sums: Tensor | None = None
         if trainable == "lie":
             flows = {id(p) for flow in _flows(model).values() for p in flow.parameters()}
@@ -105,6 +121,8 @@ class FineTune(L.LightningModule):
         super().train(mode)
         if self.hparams.trainable == "lie":
             self.model.eval()
+            for flow in _flows(self.model).values():
+                flow.train(mode)  # what puts times back into [0, max_time]; dropout is its attention's
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FineTune:
@@ -122,10 +140,11 @@ class FineTune(L.LightningModule):
         own = part_of(output, "loss")
         if own is not None or targets is None:
             return own
+        targets = shifted(targets) if self.hparams.shift_labels else targets
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, found, logits = self._losses(batch)
+        loss, found, logits, _ = self._losses(batch)
         size = len(logits)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if "kl" in found:
@@ -146,23 +165,33 @@ class FineTune(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test")
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lie_laws"] = self._laws()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_laws(checkpoint.get("lie_laws", {}), self._laws())
+
     def configure_optimizers(self) -> Any:
         h = self.hparams
         optimizer = build_optimizer(self, h.learning_rate, h.weight_decay, lie_learning_rate=h.lie_learning_rate)
         schedule = warmup_cosine(optimizer, h.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _laws(self) -> dict[str, dict[str, Any]]:
+        return {name: law_of(flow) for name, flow in _flows(self.model).items()}
+
     def _call(self, model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Mapping):
             return model(batch[0])
-        return model(**{k: v for k, v in batch.items() if k != "labels" or self._takes_labels})
+        return model(**{k: v for k, v in batch.items() if k != "labels" or takes(model, "labels")})
 
-    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss, its parts by name, and the logits."""
+    def _losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        """The loss, its parts by name, the logits, and the targets at the tokens that predict them."""
         targets = targets_of(batch)
         output = self(batch)
         logits = logits_of(output)
         task = self.task_loss(output, logits, targets)
+        targets = self._aligned(output, targets)
         found = {} if task is None else {"task": task}
         if self._teacher:
             with torch.no_grad():
@@ -172,27 +201,33 @@ class FineTune(L.LightningModule):
             raise ValueError(
                 "batch: expected labels or a teacher, got neither; add labels, or targets as in (inputs, targets)"
             )
-        if "kl" not in found or task is None:
-            return next(iter(found.values())), found, logits
         alpha = self.hparams.alpha
-        return alpha * found["kl"] + (1 - alpha) * task, found, logits
+        if task is None or ("kl" in found and alpha == 1):  # 0·task would be NaN without a target that counts
+            return found["kl"], found, logits, targets
+        loss = alpha * found["kl"] + (1 - alpha) * task if "kl" in found else task
+        return loss, found, logits, targets
+
+    def _aligned(self, output: Any, targets: Tensor | None) -> Tensor | None:
+        """Targets of the tokens that predict them."""
+        shift = self.hparams.shift_labels
+        if shift is None:
+            shift = part_of(output, "loss") is not None and shifts(self.model)
+        return shifted(targets) if shift and targets is not None else targets
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        loss, found, logits = self._losses(batch)
-        shared: dict[str, Any] = {"batch_size": len(logits), "sync_dist": True}
+        loss, found, logits, targets = self._losses(batch)
+        counts = counted(logits, targets)
+        size = len(logits) if counts is None else int(counts.sum())
+        if not size:  # nothing that counts: a mean over nothing
+            loss, found = loss.new_zeros(()), {name: value.new_zeros(()) for name, value in found.items()}
+        shared: dict[str, Any] = {"batch_size": size, "sync_dist": True}
         self.log(f"{stage}/loss", loss, prog_bar=True, **shared)
         if "kl" in found:
             self.log(f"{stage}/kl", found["kl"], **shared)
-        targets = targets_of(batch)
-        if (
-            targets is not None
-            and logits.dim() == 2
-            and targets.shape == logits.shape[:1]
-            and not targets.is_floating_point()
-        ):
-            self.log(f"{stage}/accuracy", (logits.argmax(-1) == targets).float().mean(), **shared)
+        if counts is not None and logits.dim() == 2:
+            self.log(f"{stage}/accuracy", (logits.argmax(-1) == targets).sum() / max(size, 1), **shared)
         elif "task" in found and logits.dim() == 3:
-            sums = torch.stack([found["task"].detach().double() * len(logits), loss.new_tensor(len(logits)).double()])
+            sums = torch.stack([found["task"].detach().double() * size, loss.new_tensor(size, dtype=torch.double)])
             self._sums = sums if self._sums is None else self._sums + sums
 
     def _log_perplexity(self, stage: str) -> None:

@@ -6,15 +6,33 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["distillation", "logits_of", "part_of", "takes", "targets_of"]
+__all__ = ["counted", "distillation", "logits_of", "part_of", "shifted", "shifts", "takes", "targets_of"]
 
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether a model's forward takes an argument of this name."""
     parameters = inspect.signature(model.forward).parameters.values()
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def shifts(model: nn.Module) -> bool:
+    """Whether a model's own loss is that of a causal language model of Transformers, by the names of its classes."""
+    return any(word in cls.__name__ for cls in type(model).__mro__ for word in ("ForCausalLM", "LMHeadModel"))
+
+
+def shifted(targets: Tensor) -> Tensor:
+    """What each token has to predict, the next one: (..., N) → (..., N), −100 for the last."""
+    return F.pad(targets[..., 1:], (0, 1), value=-100)
+
+
+def counted(logits: Tensor, targets: Tensor | None) -> Tensor | None:
+    """Which items or tokens have a class as target, (...) bool; None where targets are none of (..., V)."""
+    if targets is None or targets.shape != logits.shape[:-1] or targets.is_floating_point():
+        return None
+    return targets != -100
 
 
 def part_of(output: Any, name: str) -> Any:
@@ -58,7 +76,7 @@ def distillation(logits: Tensor, wanted: Tensor, temperature: float = 1.0, targe
     """
     log_student, log_teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, wanted))
     apart = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)  # (...)
-    if targets is None or targets.shape != apart.shape or targets.is_floating_point():
+    counts = counted(logits, targets)
+    if counts is None:
         return temperature**2 * apart.mean()
-    counts = targets != -100
     return temperature**2 * (apart * counts).sum() / counts.sum().clamp_min(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.nn import LieFlow
 
-__all__ = ["LIE_NAME", "check_law", "fit_state", "plain_options", "refuse_resume"]
+__all__ = ["LIE_NAME", "check_law", "check_laws", "check_options", "fit_state", "law_of", "plain_options", "refuse_resume"]
 
 LIE_NAME = re.compile(r"(?:^|\.)lie\.(?:time|rate_weight|rate_bias)$")
 
@@ -46,6 +48,47 @@ def check_law(stored: Any, own: Any) -> None:
         raise ConversionError(
             f"checkpoint: expected flows with (first_hop, clock) = {second}, got {first}; convert with lie_attention={stored}"
         )
+
+
+def law_of(flow: LieFlow) -> dict[str, Any]:
+    """What a flow computes that its parameters do not tell, as plain values."""
+    return {"clock": repr(flow.clock), "first_hop": flow.first_hop, "max_time": flow.max_time}
+
+
+def check_laws(stored: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> None:
+    """Raise unless flows of the same path, on either side, have the same law."""
+    for path in sorted(stored.keys() & own.keys()):
+        if stored[path] != own[path]:
+            wanted = ", ".join(f"{name}={value!r}" for name, value in stored[path].items())
+            raise ConversionError(
+                f"checkpoint: expected for {path or 'the model'} a flow with {own[path]}, got {stored[path]}; convert the "
+                f"model with {wanted} before it is loaded"
+            )
+
+
+def check_options(model: nn.Module, names: Iterable[str], options: dict[str, Any], door: str) -> None:
+    """Raise unless the converted modules of these names are what the options would have made of them.
+
+    Not ``time`` and ``rate``, which are initial values.
+    """
+    wanted = {**options, "clock": repr(clock_from(options.get("clock") or "FixedClock"))}
+    include, exclude = ([p] if isinstance(p, str) else p or [] for p in (options["include"], options["exclude"]))
+    for name in names:
+        flow = model.get_submodule(name).lie
+        if not isinstance(flow, LieFlow):
+            continue
+        there = law_of(flow) | {"learn_time": isinstance(flow.time, nn.Parameter), "learn_rates": flow.learn_rates}
+        there |= {"tol": flow.tol, "allow_open_mask": flow.allow_open_mask}
+        apart = [f"{key}={value!r}" for key, value in there.items() if wanted[key] != value]
+        if include and not any(fnmatchcase(name, p) for p in include):
+            apart.append(f"a flow outside include={include}")
+        if any(fnmatchcase(name, p) for p in exclude):
+            apart.append(f"a flow in exclude={exclude}")
+        if apart:
+            raise ConversionError(
+                f"{door}: expected {name or 'the module'} as its options say, got it converted already, with "
+                f"{', '.join(apart)}; give the options it was converted with, or nn.restore_attention(model) before"
+            )
 
 
 def fit_state(module: nn.Module, state: dict[str, Tensor], from_plain: bool, remedy: str) -> bool:

@@ -12,12 +12,13 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from theirs import Classifier, Late, loader, trainer
 
 from liegroup_attn import ErlangClock
 from liegroup_attn.errors import ConversionError, GeneratorError
 from liegroup_attn.lightning import ConvertAttention, ExactResume, LieConversion, load_converted
-from liegroup_attn.nn import LieFlow, LieMultiheadAttention, restore_attention
+from liegroup_attn.nn import LieFlow, LieMultiheadAttention, convert_attention, restore_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -123,6 +124,18 @@ def test_hyperparameters_are_plain_and_from_plain_is_none(mine_file):
     checkpoint = torch.load(mine_file, weights_only=True)
     assert checkpoint["hyper_parameters"]["lie_attention"] == {"max_time": 2.0} == checkpoint["lie_attention"]
     assert "from_plain" not in checkpoint["hyper_parameters"]
+
+
+@pytest.mark.parametrize("given", [None, {"clock": "ErlangClock(2)", "exclude": ["*.0.*"]}, False])
+def test_review_m7_loggers_get_the_options_that_are_used(tmp_path, plain_file, given):
+    model = Mine.load_from_checkpoint(plain_file, from_plain=True, lie_attention=given)
+    logger = CSVLogger(tmp_path, "", "")
+    trainer(tmp_path, logger=logger, max_steps=1).fit(model, loader())
+    written = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    expected = {"max_time": 2.0} if given is None else given
+    assert written["lie_attention"] == expected == model.hparams_initial["lie_attention"]
+    assert written["width"] == 8
+    assert "from_plain" not in written
 
 
 def test_theirs_may_save_no_hyperparameters(tmp_path):
@@ -302,6 +315,36 @@ def test_the_callbacks_limits_are_told(tmp_path, plain_file, callback_file):
         trainer(tmp_path, [ConvertAttention()]).validate(Classifier(), loader(), ckpt_path=callback_file)
     with pytest.raises(ConversionError, match="'nothing', which fits none"):
         trainer(tmp_path, [ConvertAttention(include="nothing")]).fit(Classifier(), loader())
+
+
+BEFORE = {
+    "clock": ({"clock": "ErlangClock(2)"}, r"encoder.layers.0.self_attn .* with clock='ErlangClock\(2\)'; give the"),
+    "first hop and max_time": ({"first_hop": False, "max_time": 2.0}, r"with first_hop=False, max_time=2.0; give"),
+    "rates": ({"learn_rates": False}, "with learn_rates=False"),
+    "time": ({"learn_time": False}, "with learn_time=False"),
+    "tol": ({"tol": 1e-2, "allow_open_mask": True}, "with tol=0.01, allow_open_mask=True"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BEFORE.values(), ids=BEFORE)
+def test_review_m6_the_callback_refuses_what_was_converted_otherwise(tmp_path, options, message):
+    model = Classifier()
+    convert_attention(model, **options)
+    with pytest.raises(ConversionError, match=message):
+        trainer(tmp_path, [ConvertAttention()]).fit(model, loader())
+    same = Classifier()
+    convert_attention(same, include="*.0.*", time=0.5, **options)
+    file = saved(tmp_path, same, [ConvertAttention(**options)])  # and converts the rest
+    assert len(flows(load_converted(Classifier, file))) == 2
+
+
+def test_review_m6_patterns_count_too(tmp_path):
+    model = Classifier()
+    convert_attention(model)
+    with pytest.raises(ConversionError, match=r"a flow in exclude=\['\*.0.\*'\]; give the options"):
+        trainer(tmp_path, [ConvertAttention(exclude="*.0.*")]).fit(model, loader())
+    with pytest.raises(ConversionError, match=r"a flow outside include=\['\*.1.\*'\]"):
+        trainer(tmp_path, [ConvertAttention(include=["*.1.*"])]).fit(model, loader())
 
 
 def test_the_callback_validates_a_plain_checkpoint_if_told_so(tmp_path, plain_file):

@@ -38,6 +38,10 @@ class Language(nn.Module):
         return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
 
 
+class LanguageForCausalLM(Language):
+    """Named as Transformers' models that shift the labels themselves."""
+
+
 class Bare(Language):
     """Takes no labels, returns a tensor."""
 
@@ -45,10 +49,10 @@ class Bare(Language):
         return super().forward(input_ids)["logits"]
 
 
-def converted(kind=Classifier, **options) -> nn.Module:
+def converted(kind=Classifier, lie: dict | None = None, **options) -> nn.Module:
     torch.manual_seed(0)
     model = kind(**options)
-    convert_attention(model)
+    convert_attention(model, **lie or {})
     return model
 
 
@@ -84,6 +88,24 @@ def test_what_moves_and_what_stays(tmp_path, trainable):
     assert held == {id(p) for p in tuner.parameters() if p.requires_grad}
 
 
+def test_review_h1_flows_alone_are_put_back_into_their_interval_and_nothing_drops(tmp_path):
+    tuner = FineTune(converted(dropout=0.5), lie_learning_rate=0.7)
+    times = [flow.time for flow in tuner.model.modules() if isinstance(flow, LieFlow)]
+    with torch.no_grad():
+        for time in times:
+            time.fill_(5.0)
+    words, _ = batch = next(iter(loader()))
+    tuner.training_step(batch, 0)
+    assert all(bool((time == 1.0).all()) for time in times)
+    assert torch.equal(tuner.model(words), tuner.model(words))
+    trainer(tmp_path, max_steps=8).fit(tuner, loader(), loader())
+    words, _ = next(iter(loader()))
+    tuner.model(words)
+    assert all(bool(((time >= 0) & (time <= 1)).all()) for time in times)
+    tuner.eval()
+    assert not any(module.training for module in tuner.modules())
+
+
 def test_frozen_before_stays_frozen_with_all():
     model = converted()
     model.embedding.requires_grad_(False)
@@ -107,7 +129,7 @@ def test_at_time_0_the_teacher_is_the_student(tmp_path):
     tuner = FineTune(converted(dropout=0.3), teacher="softmax", alpha=1.0)
     assert not any(isinstance(m, LieFlow) for m in tuner.teacher.modules())
     batch = next(iter(loader()))
-    loss, found, _ = tuner._losses(batch)
+    loss, found, *_ = tuner._losses(batch)
     assert float(found["kl"].detach()) == pytest.approx(0.0, abs=1e-7)
     torch.testing.assert_close(loss, found["kl"])
     with torch.no_grad():
@@ -138,7 +160,7 @@ def test_the_loss_is_the_stated_mixture():
     teacher = nn.Sequential(nn.Embedding(WORDS, CLASSES), Mean())
     tuner = FineTune(model, teacher=teacher, alpha=0.25, temperature=3.0)
     words, labels = next(iter(loader()))
-    loss, _, logits = tuner._losses((words, labels))
+    loss, _, logits, _ = tuner._losses((words, labels))
     p, q = (x.double().div(3.0).softmax(-1) for x in (teacher(words), logits))
     kl = 9 * (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(loss.double(), 0.25 * kl + 0.75 * F.cross_entropy(logits.double(), labels))
@@ -179,6 +201,82 @@ def test_the_models_own_loss_goes_first():
     assert torch.equal(tuner._losses(batch)[0], output["loss"])
 
 
+@pytest.mark.parametrize(("student", "teacher"), [(Language, Bare), (Bare, Language)])
+def test_review_m8_labels_go_to_whom_they_are_for(student, teacher):
+    tuner = FineTune(converted(student), teacher=teacher())
+    loss, found, *_ = tuner._losses(next(iter(dicts())))
+    torch.testing.assert_close(loss, 0.5 * found["kl"] + 0.5 * found["task"])
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_review_l2_the_teacher_alone_needs_no_target_that_counts(own_loss):
+    tuner = FineTune(converted(Language, own_loss=own_loss), teacher=Language(), alpha=1.0)
+    batch = next(iter(dicts()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = tuner.training_step(batch, 0)
+    loss.backward()
+    assert loss == 0
+    assert all(bool(p.grad.isfinite().all()) for p in tuner.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_review_l3_every_token_weighs_the_same(tmp_path, own_loss):
+    ids = torch.randint(WORDS, (3, 4, TOKENS), generator=torch.Generator().manual_seed(5))
+    labels = ids.clone()
+    labels[1, :, -3:], labels[1, 2:], labels[2] = -100, -100, -100  # of the third batch nothing counts
+    data = [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)]
+    tuner = FineTune(converted(LanguageForCausalLM, own_loss=own_loss), teacher=Language())
+    given = torch.utils.data.DataLoader(data, batch_size=None)
+    (found,) = trainer(tmp_path).validate(tuner, given, verbose=False)
+    with torch.no_grad():
+        student, teacher = (m(ids.flatten(0, 1))["logits"] for m in (tuner.model, tuner.teacher))
+    wanted = labels.flatten(0, 1)
+    if own_loss:
+        student, teacher, wanted = student[:, :-1], teacher[:, :-1], wanted[:, 1:]
+    task, kl = F.cross_entropy(student.flatten(0, 1), wanted.flatten()), distillation(student, teacher, 1.0, wanted)
+    assert found["validation/perplexity"] == pytest.approx(float(task.exp()), rel=1e-5)
+    assert found["validation/kl"] == pytest.approx(float(kl), rel=1e-5)
+    assert found["validation/loss"] == pytest.approx(float(kl + task) / 2, rel=1e-5)
+
+
+SHIFTS = {
+    "causal": (LanguageForCausalLM, True, None),
+    "told": (Language, True, True),
+    "no own loss": (Language, False, True),
+    "as they are": (LanguageForCausalLM, False, None),
+    "told not": (Language, False, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "own_loss", "shift"), SHIFTS.values(), ids=SHIFTS)
+def test_review_m4_the_teacher_counts_where_the_task_does(kind, own_loss, shift):
+    tuner = FineTune(converted(kind, own_loss=own_loss), teacher=Language(), shift_labels=shift)
+    batch = next(iter(dicts(padded=True)))
+    batch["labels"][0, 0] = -100
+    kept = []
+    tuner.model.head.register_forward_hook(lambda *args: kept.append(args[-1]))
+    tuner.model.head.requires_grad_(True)
+    _, found, *_ = tuner._losses(batch)
+    places = [torch.autograd.grad(found[name], kept[0], retain_graph=True)[0].abs().sum(-1) > 0 for name in found]
+    assert set(found) == {"kl", "task"}
+    assert torch.equal(*places)
+    assert places[0].any()
+
+
+def test_review_m4_with_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=WORDS, n_positions=TOKENS, n_embd=8, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    convert_attention(model)
+    tuner = FineTune(model, teacher=transformers.GPT2LMHeadModel(config))
+    kept = []
+    model.lm_head.register_forward_hook(lambda *args: kept.append(args[-1]))
+    _, found, *_ = tuner._losses(next(iter(dicts(padded=True))))
+    places = [torch.autograd.grad(found[name], kept[0], retain_graph=True)[0].abs().sum(-1) > 0 for name in found]
+    assert torch.equal(*places)
+    assert places[0].sum(-1).tolist() == [TOKENS - 3] * 4
+
+
 def test_what_is_logged(tmp_path):
     tuner = FineTune(converted(dropout=0.0), teacher="softmax")
     one = trainer(tmp_path, max_steps=6)  # an epoch
@@ -209,6 +307,26 @@ def test_the_teacher_is_in_no_checkpoint_and_the_rest_loads(tmp_path):
     assert loaded.teacher is None
     assert loaded.hparams.lie_learning_rate == 0.02
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in tuner.state_dict().items())
+
+
+OTHER = {
+    "clock": ({"clock": "ExponentialClock"}, r"'ExponentialClock\(\)'.*; convert the model with clock='FixedClock\(\)'"),
+    "first hop": ({"first_hop": False}, "expected for encoder.layers.0.self_attn a flow with.*'first_hop': False"),
+    "max_time": ({"max_time": 2.0}, "convert the model with .*max_time=1.0 before it is loaded"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OTHER.values(), ids=OTHER)
+def test_review_m5_a_checkpoint_of_another_law_is_refused(tmp_path, options, message):
+    one = trainer(tmp_path, max_steps=1)
+    one.fit(FineTune(converted()), loader())
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    laws = torch.load(tmp_path / "a.ckpt", weights_only=True)["lie_laws"]
+    assert laws["encoder.layers.1.self_attn"] == {"clock": "FixedClock()", "first_hop": True, "max_time": 1.0}
+    with pytest.raises(ConversionError, match=message):
+        FineTune.load_from_checkpoint(tmp_path / "a.ckpt", model=converted(lie=options))
+    with pytest.raises(ConversionError, match=message):
+        trainer(tmp_path).fit(FineTune(converted(lie=options)), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_the_teacher_goes_where_the_model_goes():
