@@ -15,7 +15,7 @@ from experiments.fine_tune.report import fine_tune_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
-__all__ = ["accuracy_at_depths", "fill_tables", "render_table"]
+__all__ = ["accuracy_at_depths", "fill_tables", "other_tables", "readmes", "render_table"]
 
 Results = dict[str, list[dict[str, Any]]]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -47,7 +47,7 @@ def fill_tables(path: Path, output: Path) -> bool:
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
     of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of ``rate_recovery``, ``drop_in`` or ``fine_tune``.
     """
-    text, others = path.read_text(), _other_tables(output)
+    text, others = path.read_text(), other_tables(output)
 
     def fill(match: re.Match[str]) -> str:
         results = load_results(output, match[2]) if match[2] in EXPERIMENTS else {}
@@ -60,7 +60,8 @@ def fill_tables(path: Path, output: Path) -> bool:
     return filled != text
 
 
-def _other_tables(output: Path) -> dict[str, str]:
+def other_tables(output: Path) -> dict[str, str]:
+    """Tables of the benchmark, the recovery, the drop-ins and the fine-tuning, by the names of their markers."""
     tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables
     return {name: text for of in tables for name, text in of(output).items()}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def test_nothing_half_written_is_taken_for_a_result(tmp_path):
     assert not run.finished(tmp_path)
     write_json(path, {"config_hash": run.config_hash()})
     assert run.finished(tmp_path)
+
+
+def test_every_marker_names_a_table_that_there_is():
+    """One that names none would keep whatever stands there."""
+    known = set(EXPERIMENTS) | set(tables.other_tables(ROOT))
+    for readme in tables.readmes():
+        named = set(re.findall(r"<!-- table: (\w+) -->", readme.read_text()))
+        assert named <= known, f"{readme}: {named - known}"
 
 
 @pytest.mark.parametrize("readme", tables.readmes(), ids=lambda path: str(path.relative_to(ROOT.parent)))
