@@ -13,7 +13,16 @@ from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.nn import LieFlow
 
-__all__ = ["LIE_NAME", "check_law", "check_laws", "check_options", "fit_state", "law_of", "plain_options", "refuse_resume"]
+__all__ = [
+    "LIE_NAME",
+    "check_law",
+    "check_laws",
+    "check_options",
+    "fit_state",
+    "law_of",
+    "plain_options",
+    "refuse_resume",
+]
 
 LIE_NAME = re.compile(r"(?:^|\.)lie\.(?:time|rate_weight|rate_bias)$")
 

@@ -310,7 +310,10 @@ def test_the_teacher_is_in_no_checkpoint_and_the_rest_loads(tmp_path):
 
 
 OTHER = {
-    "clock": ({"clock": "ExponentialClock"}, r"'ExponentialClock\(\)'.*; convert the model with clock='FixedClock\(\)'"),
+    "clock": (
+        {"clock": "ExponentialClock"},
+        r"'ExponentialClock\(\)'.*; convert the model with clock='FixedClock\(\)'",
+    ),
     "first hop": ({"first_hop": False}, "expected for encoder.layers.0.self_attn a flow with.*'first_hop': False"),
     "max_time": ({"max_time": 2.0}, "convert the model with .*max_time=1.0 before it is loaded"),
 }
