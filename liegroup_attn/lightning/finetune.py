@@ -224,7 +224,7 @@ class FineTune(L.LightningModule):
         self.log(f"{stage}/loss", loss, prog_bar=True, **shared)
         if "kl" in found:
             self.log(f"{stage}/kl", found["kl"], **shared)
-        if counts is not None and logits.dim() == 2:
+        if targets is not None and counts is not None and logits.dim() == 2:
             self.log(f"{stage}/accuracy", (logits.argmax(-1) == targets).sum() / max(size, 1), **shared)
         elif "task" in found and logits.dim() == 3:
             sums = torch.stack([found["task"].detach().double() * size, loss.new_tensor(size, dtype=torch.double)])

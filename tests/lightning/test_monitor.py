@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.lightning import FineTune, GeneratorMonitor, LanguageModel, LieConversion
 from liegroup_attn.lightning.diagnosis import diagnose, evaluating, look_at_flow
-from liegroup_attn.lightning.numbers import CHEAP, NUMBERS
+from liegroup_attn.lightning.numbers import CHEAP, NUMBERS, of_generator
 from liegroup_attn.lightning.watch import Watch
 from liegroup_attn.nn import LieAttention, LieFlow, convert_attention
 
@@ -110,7 +110,7 @@ def golden(flow: LieFlow, query, key, value) -> dict[str, float]:
         "exit_rate": float(exits.mean()),
         "expected_hops": float(hops.mean()) + flow.first_hop,
         "entropy": float(-(mixing * np.log(mixing)).sum(-1).mean()),
-        "spectral_gap": float(spectra[..., 1].mean()),
+        "spectral_gap": float(spectra[0, :, 1].mean()),
     }
 
 
@@ -319,6 +319,29 @@ def test_all_numbers_and_unknown_ones():
         GeneratorMonitor(metrics=["entropie"])
     with pytest.raises(ValueError, match="sequences: expected at least 1, got 0"):
         GeneratorMonitor(sequences=0)
+
+
+def test_review_m9_what_goes_matrix_by_matrix_is_bounded():
+    """By four matrices, however many sequences and heads; of those without a single closed class none is looked at."""
+    flow = LieFlow(6, 4, time=0.8)
+    q, k, v = torch.randn(3, 3, 6, 5, 4)
+    padded = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    padded[0, :, 1:3] = False  # rows without targets: several closed classes
+    look = look_at_flow(flow, 3, 5, q, k, v, padded)
+    seen: list[torch.Tensor] = []
+
+    def spy(matrix):
+        seen.append(matrix)
+        return matrix.sum() + len(seen)
+
+    value = of_generator(spy)(look)
+    assert len(seen) == 4
+    torch.testing.assert_close(torch.stack(seen).float(), look.flows["Q"][1, :4].float())
+    assert float(value) == pytest.approx(2.5)
+    padded[1:, :, 1:3] = False
+    seen.clear()
+    assert bool(of_generator(spy)(look_at_flow(flow, 3, 5, q, k, v, padded)).isnan())
+    assert not seen
 
 
 def test_dicts_of_any_keys_and_this_librarys_layers(tmp_path):
