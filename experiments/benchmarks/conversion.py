@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,7 +34,7 @@ CONVERSIONS: dict[str, dict[str, Any] | None] = {
     "converted, exponential clock": {"clock": "ExponentialClock"},
 }
 STEPS = 100
-WATCHING = (f"{STEPS} training steps", f"{STEPS} training steps, GeneratorMonitor every {STEPS}")
+WATCHING = ("a training step", "a training step that GeneratorMonitor looks at")
 BATCH, TOKENS, WIDTH, DEPTH, HEADS = 8, 256, 256, 4, 8
 
 
@@ -91,46 +89,23 @@ def _step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None
 
 
 def time_monitor(repeats: int, seconds: float, device: str) -> dict[str, Any]:
-    """Seconds of a fit of ``STEPS`` steps by Lightning, without the monitor and with it, in turn."""
-    import lightning as L
+    """Seconds of a training step, and of one that the monitor looks at, in turn.
 
-    from liegroup_attn.lightning import GeneratorMonitor
+    A look every ``STEPS`` steps costs their difference once in ``STEPS`` steps: so little that two whole fits would have
+    to be timed to a percent.
+    """
+    from liegroup_attn.lightning.numbers import CHEAP
+    from liegroup_attn.lightning.watch import Watch
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    model, x = _encoder().to(device), _inputs("nn.TransformerEncoder").to(device)
+    convert_attention(model, time=0.5)
+    step = partial(_step, model, x, torch.optim.AdamW(model.parameters(), lr=1e-6))
 
-    class Module(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = _encoder()
-            convert_attention(self.model, time=0.5)
+    def watched() -> None:
+        watch = Watch(model, sequences=2, max_tokens=128, names=CHEAP)  # GeneratorMonitor's defaults
+        step()
+        watch.close()
+        watch.numbers()
 
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return self.model(batch[0]).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=1e-6)
-
-    data = torch.utils.data.TensorDataset(torch.randn(STEPS, TOKENS, WIDTH))
-
-    def fit(watched: bool) -> None:
-        torch.manual_seed(0)
-        quiet: dict[str, Any] = {
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-        }
-        callbacks: list[L.Callback] = [GeneratorMonitor(every_n_steps=STEPS, figures=False)] if watched else []
-        trainer = L.Trainer(
-            accelerator="cpu" if device == "cpu" else "gpu",
-            devices=1,
-            max_steps=STEPS,
-            logger=False,
-            callbacks=callbacks,
-            **quiet,
-        )
-        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=1))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        calls = {name: partial(fit, watched) for name, watched in zip(WATCHING, (False, True), strict=True)}
-        return {"rows": time_in_turn(calls, repeats, seconds, device)}
+    return {"rows": time_in_turn(dict(zip(WATCHING, (step, watched), strict=True)), repeats, seconds, device)}

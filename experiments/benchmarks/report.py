@@ -189,7 +189,7 @@ def _monitor(result: Result) -> str:
             if s := seconds(cell, name):
                 over = ratio(cell, name, WATCHING[0])
                 rows.append([name, spread(s).show(), over.show() if over else "–"])
-    return _table("A fit by Lightning, batch 1, the same encoder at t = 0.5.", ["fit", "s", "over that without"], rows)
+    return _table("The same encoder at t = 0.5.", ["step", "s", "over one without"], rows)
 
 
 def _imports(result: Result) -> str:

@@ -66,6 +66,7 @@ def _monitor(results: Results, titles: dict[str, str], colors: dict[str, str]) -
 
 
 def _matrices(stored: dict[str, Any]) -> Figure:
-    panels = {name: np.array(stored[name]) for name in ("S", "Q", "P(t)")}
+    titles = {"S": "S", "Q": "Q", "P(t)": f"S·P(t), t = {stored['time']:.2g}"}
+    panels = {title: np.array(stored[name]) for name, title in titles.items()}
     figure, _ = plot_matrices(panels, tokens=stored["tokens"])
     return figure

@@ -10,7 +10,13 @@ import lightning as L
 import torch
 
 from liegroup_attn.errors import ConversionError
-from liegroup_attn.lightning.stored_flows import check_law, fit_state, plain_options, refuse_resume
+from liegroup_attn.lightning.stored_flows import (
+    check_law,
+    fit_state,
+    plain_options,
+    refuse_resume,
+    warn_of_untrained_flows,
+)
 from liegroup_attn.nn import ConversionReport, convert_attention
 
 __all__ = ["LieConversion", "load_converted"]
@@ -89,6 +95,10 @@ class LieConversion(L.LightningModule):
         super().configure_model()
         if self.conversion_report is None and isinstance(self.lie_attention, dict):
             self.conversion_report = convert_attention(self, **self.lie_attention)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        warn_of_untrained_flows(self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -18,6 +18,7 @@ from liegroup_attn.lightning.stored_flows import (
     fit_state,
     plain_options,
     refuse_resume,
+    warn_of_untrained_flows,
 )
 from liegroup_attn.nn import LieFlow, convert_attention
 
@@ -97,6 +98,9 @@ class ConvertAttention(L.Callback):
         if report.converted:
             rank_zero_info(str(report))
         self._check = pl_module.register_load_state_dict_pre_hook(self._fit)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        warn_of_untrained_flows(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._check is not None:

@@ -51,7 +51,8 @@ class Look:
         """S, Q and the mixing matrix of a head for the first sequence, copied; the last alone for softmax."""
         found = {} if self.chain is None else {"S": self.chain}
         shape = self.mixing.shape
-        parts = {**found, **self.flows, self.title: self.mixing}
+        title = f"S·{self.title}" if self.first_hop and self.flows else self.title  # the mixing matrix itself
+        parts = {**found, **self.flows, title: self.mixing}
         return {name: m.expand(shape)[0, head].to(torch.float32, copy=True) for name, m in parts.items()}
 
 

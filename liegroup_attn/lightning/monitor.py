@@ -13,7 +13,7 @@ from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.diagnosis import diagnose, layer_inputs, matrices
 from liegroup_attn.lightning.numbers import chosen_numbers
 from liegroup_attn.lightning.watch import Watch
-from liegroup_attn.nn import SelfAttention
+from liegroup_attn.nn import LieFlow, SelfAttention
 from liegroup_attn.plots import plot_matrices
 
 __all__ = ["GeneratorMonitor"]
@@ -87,6 +87,11 @@ class GeneratorMonitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = -1
+        if not any(isinstance(m, LieFlow | SelfAttention) for m in pl_module.modules()):
+            rank_zero_warn(
+                "GeneratorMonitor: expected converted attention or attention of this library in the module, got none; it has nothing to "
+                "log: call convert_attention, or use ConvertAttention or LieConversion"
+            )
         log_dir = trainer.log_dir if self.figures or self.figures_at else None  # a collective: every process has to ask
         self._folder = None if log_dir is None else Path(log_dir) / "figures"
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from liegroup_attn.clocks import clock_from
@@ -22,6 +24,7 @@ __all__ = [
     "law_of",
     "plain_options",
     "refuse_resume",
+    "warn_of_untrained_flows",
 ]
 
 LIE_NAME = re.compile(r"(?:^|\.)lie\.(?:time|rate_weight|rate_bias)$")
@@ -132,4 +135,18 @@ def refuse_resume(trainer: Any, checkpoint: dict[str, Any], remedy: str) -> None
         raise ConversionError(
             f"ckpt_path: expected a checkpoint of a converted model to resume, got one whose optimizer knows no flow; {remedy} "
             "and fit without ckpt_path"
+        )
+
+
+def warn_of_untrained_flows(trainer: L.Trainer, module: nn.Module) -> None:
+    """At the start of a fit: flows that could learn, and whose parameters no optimizer has."""
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    flows = {name: m for name, m in module.named_modules() if isinstance(m, LieFlow)}
+    idle = [
+        name for name, flow in flows.items() if any(p.requires_grad and id(p) not in held for p in flow.parameters())
+    ]
+    if idle and held:
+        rank_zero_warn(
+            f"optimizers: expected the parameters of {len(flows)} converted attentions, got none of {', '.join(idle[:3])}; they will not "
+            "learn: make the optimizer in configure_optimizers, after the conversion"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -134,7 +135,12 @@ def convert_attention(
         raise ConversionError(
             "model: expected a conversion outside torch.inference_mode(), got one inside; its parameters could never be trained"
         )
-    LieFlow(1, 1, **lie_options)  # wrong options end here, before anything is changed
+    known = {name for name, p in inspect.signature(LieFlow).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if unknown := sorted(set(lie_options) - (known - {"device", "dtype"})):
+        raise TypeError(
+            f"lie_options: expected names of {sorted(known - {'device', 'dtype'})}, got {unknown}; check the spelling"
+        )
+    LieFlow(1, 1, **lie_options)  # wrong values end here, before anything is changed
     wanted = _chooser(model, include, exclude)
     guests = _guests(model)
     layers: list[ConvertedLayer] = []
@@ -234,7 +240,9 @@ def _convert_module(
 ) -> list[ConvertedLayer]:
     kind: Any = type(module)
     if isinstance(module, tuple(drop_ins.values())):  # or of a class made from it, by parametrizations
-        return [ConvertedLayer(name, kind.plain.__name__, "already converted")] if getattr(module, "lie", None) else []
+        flow = getattr(module, "lie", None)
+        why = "" if flow is None else f"as before, max_time={flow.max_time:g}, {flow.clock}"
+        return [] if flow is None else [ConvertedLayer(name, kind.plain.__name__, "already converted", why)]
     drop_in = drop_ins.get(kind)
     if drop_in is None:
         if isinstance(module, tuple(drop_ins)):

@@ -147,9 +147,9 @@ def test_matrices_of_a_figure():
     model, x = classifier(RECIPES["first_hop"]), torch.randn(2, 5, 16)
     layer = model.transformer.blocks[0].attention
     found = matrices(layer, x, head=1)
-    assert list(found) == ["S", "Q", "P(t)"]
+    assert list(found) == ["S", "Q", "S·P(t)"]
     flow = layer.time[1] * found["Q"]
-    torch.testing.assert_close(found["P(t)"], found["S"] @ torch.matrix_exp(flow.detach()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["S·P(t)"], found["S"] @ torch.matrix_exp(flow.detach()), atol=1e-5, rtol=0)
     rho = layer.jump_rates(x)[0, 1].detach()
     torch.testing.assert_close(found["Q"], rho[:, None] * (found["S"] - torch.eye(5)))
     assert list(matrices(classifier(RECIPES["softmax"]).transformer.blocks[0].attention, x)) == ["softmax"]

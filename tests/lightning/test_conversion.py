@@ -387,3 +387,35 @@ def test_from_yaml(tmp_path, monkeypatch, road):
     (flow,) = flows(cli.model)
     assert (flow.max_time, repr(flow.clock), flow.head_width) == (2.0, "ErlangClock(2)", 6)
     assert flow.time.abs().max() > 0
+
+
+@pytest.mark.parametrize("how", ["mixin", "callback"])
+def test_an_optimizer_that_does_not_hold_the_flows_is_told(how, tmp_path):
+    class Early(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+            self.early = torch.optim.SGD(self.parameters(), 0.1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self):
+            return self.early
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.randn(4, 5, 8), batch_size=2)
+
+    class Mine(LieConversion, Early):
+        pass
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callbacks = [ConvertAttention()] if how == "callback" else []
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, callbacks=callbacks, default_root_dir=tmp_path, **quiet)
+    with pytest.warns(UserWarning, match="after the conversion"):
+        trainer.fit(Mine() if how == "mixin" else Early())

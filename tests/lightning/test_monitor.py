@@ -279,9 +279,9 @@ def test_what_is_drawn():
     model(next(iter(loader()))[0])
     watch.close()
     found = watch.drawn[LAYERS[0]]
-    assert {name: tuple(m.shape) for name, m in found.items()} == {"S": (4, 4), "Q": (4, 4), "P(t)": (4, 4)}
+    assert {name: tuple(m.shape) for name, m in found.items()} == {"S": (4, 4), "Q": (4, 4), "S·P(t)": (4, 4)}
     moved = found["S"].double() @ torch.matrix_exp(torch.stack([0.7 * found["Q"].double()] * 2))[0]
-    torch.testing.assert_close(found["P(t)"].double(), moved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["S·P(t)"].double(), moved, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -389,3 +389,31 @@ def test_two_processes_log_once_and_stay_equal(tmp_path):
     assert f"lie/{LAYERS[0]}/time" in header
     assert len(rows) == 2
     assert len(list((tmp_path / "figures").glob("*_step_1.png"))) == 2
+
+
+def test_a_module_without_anything_to_watch_is_told(tmp_path):
+    class Plain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch, batch, batch)[0].square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.randn(4, 5, 8), batch_size=2)
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, callbacks=[GeneratorMonitor()], default_root_dir=tmp_path, **quiet
+    )
+    with pytest.warns(UserWarning, match="nothing to log"):
+        trainer.fit(Plain())

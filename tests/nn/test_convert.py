@@ -353,3 +353,8 @@ def test_classes_that_were_changed_after_the_conversion():
 def test_not_under_inference_mode():
     with torch.inference_mode(), pytest.raises(ConversionError, match="inference_mode"):
         convert_attention(nn.MultiheadAttention(C, H))
+
+
+def test_a_misspelt_option_lists_those_there_are():
+    with pytest.raises(TypeError, match=r"expected names of .*'max_time'.*, got \['maxtime'\]"):
+        convert_attention(seq2seq(), maxtime=2.0)
