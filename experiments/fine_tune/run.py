@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``liegroup-attn fine-tune``."""
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    told = logging.getLogger("lightning.pytorch")
+    level = told.level
+    told.setLevel(logging.ERROR)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -78,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("\nstopped; finished runs are kept, and the same command again resumes")
         sys.exit(130)
+    finally:
+        told.setLevel(level)
     for written in draw(args.output, [FOLDER]):
         console.print(f"wrote {written}")
     console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)

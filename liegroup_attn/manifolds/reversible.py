@@ -92,7 +92,8 @@ class ReversibleRateMatrices(LogLinearRateMatrices):
             return ok, reason
         logs = super(LogLinearRateMatrices, self).chart(x.detach().to(torch.float64))
         law = "log-rates must be symmetric plus p_j (Kolmogorov's criterion)"
-        return finding(beyond(law, logs - self.flatten(logs), atol + rtol * logs.abs()))
+        # Without its sign: rounding decides which of a pair of opposite ones is the larger.
+        return finding(beyond(law, (logs - self.flatten(logs)).abs(), atol + rtol * logs.abs()))
 
     def _check_vector_on_tangent(self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> Finding:
         ok, reason = super()._check_vector_on_tangent(x, u, atol=atol, rtol=rtol)

@@ -454,7 +454,7 @@ BUILD = [
     (
         lambda: scale_time(SoftmaxAttention(C, H), 2),
         GeneratorError,
-        r"module: expected a LieAttention or LieMixer inside, got none; only",
+        r"module: expected a LieAttention, LieMixer or converted attention inside, got none; only",
     ),
 ]
 
