@@ -136,10 +136,9 @@ def convert_attention(
             "model: expected a conversion outside torch.inference_mode(), got one inside; its parameters could never be trained"
         )
     known = {name for name, p in inspect.signature(LieFlow).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    if unknown := sorted(set(lie_options) - (known - {"device", "dtype"})):
-        raise TypeError(
-            f"lie_options: expected names of {sorted(known - {'device', 'dtype'})}, got {unknown}; check the spelling"
-        )
+    known -= {"device", "dtype"}  # those of the layer
+    if unknown := sorted(set(lie_options) - known):
+        raise TypeError(f"lie_options: expected names of {sorted(known)}, got {unknown}; check the spelling")
     LieFlow(1, 1, **lie_options)  # wrong values end here, before anything is changed
     wanted = _chooser(model, include, exclude)
     guests = _guests(model)
@@ -215,7 +214,7 @@ def _restore_all(model: nn.Module, guests: list[Any], chosen: Callable[[str], bo
             if any(chosen(f"{name}.{inner}" if name else inner) for inner, _ in part.named_modules()):
                 layers += guest.restore_model(name, part, chosen)
     drop_ins = tuple(_drop_ins(guests).values())
-    for name, module, _ in _with_parents(model):
+    for name, module in list(model.named_modules()):
         converted: Any = module
         if isinstance(module, drop_ins) and type(module) not in drop_ins:
             why = "its class was changed after the conversion; take parametrizations off first"
