@@ -24,7 +24,7 @@ from liegroup_attn.errors import (
 from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
 from liegroup_attn.generators import Generator, SoftmaxGenerator
 from liegroup_attn.generators.joined import joined_generator
-from liegroup_attn.rates import prepare_mask
+from liegroup_attn.rates import biased_mask, check_bias, prepare_mask
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
 
@@ -142,6 +142,7 @@ def lie_attention(
     first_hop: bool = False,
     clock: Clock | None = None,
     rate_fn: Callable[[Tensor], Tensor] | None = None,
+    score_bias: Tensor | None = None,
     plus: Generator | None = None,
     head_weights: Tensor | None = None,
     method: Method | None = None,
@@ -173,6 +174,8 @@ def lie_attention(
         clock: law of τ; None is the fixed clock (Poisson hops), ``ExponentialClock()`` the resolvent (geometric hops).
         rate_fn: None is the jump chain, Q = diag(ρ)(softmax(scores) − I). A function from scores to rates ≥ 0 makes
             Q = diag(ρ)(R − diag(R1)), which forms N×N.
+        score_bias: finite numbers added to the scores (log-rates), broadcastable to (..., H, N, N), e.g. of a
+            ``positional.BiasEncoding``. It hides nothing, so it may stand beside either mask.
         plus: a further generator on the same tokens, added to that of the scores: relative-position rates, a learned
             matrix. Masks act on it too (which forms N×N, unless it is causal itself); its rates count among the hops.
         head_weights: w ≥ 0, (H, H): head g flows along Σ_h w_gh Q_h, before ``plus`` is added.
@@ -215,7 +218,7 @@ def lie_attention(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
                 "no generator, only first_hop=True with time=0, rate_fn=None, plus=None, head_weights=None (softmax attention)"
             )
-        return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return _softmax_across(query, key, value, attn_mask, score_bias, dropout_p, is_causal, scale)
     still = zero and not differentiated(when)  # a time that starts at 0 still has a gradient
     allow_open_mask = allow_open_mask or still  # without hops nothing leaks
     chain = SoftmaxGenerator(
@@ -224,6 +227,7 @@ def lie_attention(
         jump_rates=jump_rates,
         attn_mask=attn_mask,
         is_causal=is_causal,
+        score_bias=score_bias,
         scale=scale,
         dropout_p=dropout_p,
         allow_open_mask=allow_open_mask,
@@ -249,6 +253,7 @@ def _softmax_across(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    score_bias: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -256,7 +261,11 @@ def _softmax_across(
     """Softmax attention to other tokens; a query without an allowed target has no value of its own and gets 0."""
     shape = torch.Size([*query.shape[:-1], key.size(-2)])
     mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
-    mixed = F.scaled_dot_product_attention(query, key, value, mask.attn_mask, dropout_p, is_causal, scale=scale)
+    if score_bias is not None:
+        score_bias = check_bias(score_bias, shape)
+    hidden = biased_mask(score_bias, mask.attn_mask, is_causal, query.dtype)
+    is_causal = is_causal and score_bias is None
+    mixed = F.scaled_dot_product_attention(query, key, value, hidden, dropout_p, is_causal, scale=scale)
     return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)
 
 

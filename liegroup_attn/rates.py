@@ -10,7 +10,7 @@ from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, MaskError, check_finite, fits
 
-__all__ = ["Mask", "exponential", "prepare_mask", "softplus", "squared_relu"]
+__all__ = ["Mask", "biased_mask", "check_bias", "exponential", "prepare_mask", "softplus", "squared_relu"]
 
 
 def exponential(scores: Tensor) -> Tensor:
@@ -138,6 +138,65 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
     if not allow_open_mask:
         check_closed(attn_mask)
     return Mask(safe, no_target)
+
+
+def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
+    """Check what is added to the scores.
+
+    Args:
+        score_bias: finite numbers, broadcastable to (..., N, M).
+        scores_shape: (..., N, M).
+
+    Returns:
+        It.
+
+    Raises:
+        DtypeError: not a floating-point tensor.
+        MaskError: another shape.
+        GeneratorError: NaN or inf (looked at on CPU); a mask hides, a bias does not.
+    """
+    if not isinstance(score_bias, Tensor) or not score_bias.is_floating_point():
+        got = score_bias.dtype if isinstance(score_bias, Tensor) else type(score_bias).__name__
+        raise DtypeError(f"score_bias: expected a floating-point tensor, got {got}; what hides tokens is attn_mask")
+    if score_bias.dim() < 2 or not fits(score_bias.shape, scores_shape):
+        raise MaskError(
+            f"score_bias: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, got "
+            f"{tuple(score_bias.shape)}; one number per query and key"
+        )
+    check_finite("score_bias", score_bias)
+    return score_bias
+
+
+def biased_mask(
+    score_bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool, dtype: torch.dtype
+) -> Tensor | None:
+    """One mask for a kernel that takes one: bias, mask and, beside a bias, the causal mask.
+
+    Args:
+        score_bias: (..., N, M), or None, which gives the mask back as it is.
+        attn_mask: broadcastable to it, bool (True = takes part) or float, or None.
+        is_causal: lower-triangular mask.
+        dtype: of the result, the queries'.
+
+    Returns:
+        Float, −inf where hidden; ``attn_mask`` itself without a bias.
+
+    Example:
+        >>> biased_mask(torch.zeros(2, 2), None, True, torch.float32)
+        tensor([[0., -inf],
+                [0., 0.]])
+    """
+    if score_bias is None:
+        return attn_mask
+    bias = score_bias.to(dtype)
+    if is_causal:
+        ahead = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+        bias = bias.masked_fill(ahead, -torch.inf)
+    if attn_mask is None:
+        return bias
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, bias, -torch.inf)
+    return bias + attn_mask.to(dtype)
 
 
 def check_closed(attn_mask: Tensor) -> None:

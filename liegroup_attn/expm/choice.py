@@ -17,7 +17,7 @@ from liegroup_attn.expm.squaring import ScalingSquaring, squaring_plan
 from liegroup_attn.expm.sweep import CausalSweep
 from liegroup_attn.expm.triangular import TriangularSolve
 from liegroup_attn.expm.uniformization import Uniformization, matrix_first
-from liegroup_attn.generators import DenseGenerator, Generator, LowRankGenerator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, Generator, LowRankGenerator
 
 __all__ = ["Automatic"]
 
@@ -30,7 +30,7 @@ SOLVE_OVER_HOP = 1.0  # multiply-adds of N hops of width D that one of a solve i
 class Automatic(Method):
     """Chooses another method by the generator, the number of hops, the size, the device and the dtype, and lets it act.
 
-    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains, ``TriangularSolve`` for other
+    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains without a bias, ``TriangularSolve`` for other
       causal generators, else one dense solve (``MatrixExp``) where hops would cost more.
     - Fixed clock: ``CausalSweep`` for causal softmax chains, else hops: on a formed P while all matrices of the call fit
       into 256 MiB, over fused attention kernels beyond, with dropout, and for half precision on a GPU. Past 64 hops
@@ -78,7 +78,7 @@ class Automatic(Method):
         Returns:
             The method, its knobs set.
         """
-        sweepable = isinstance(generator, SoftmaxGenerator) and generator.is_causal
+        sweepable = CausalSweep.takes(generator)
         solvable = clock.resolvents is not None and not per_row(time)
         fixed = isinstance(clock, FixedClock) and not per_row(time)
         if isinstance(generator, LowRankGenerator):

@@ -18,7 +18,7 @@ from liegroup_attn.errors import (
     check_shape,
 )
 from liegroup_attn.generators.base import Generator, at_least_float32
-from liegroup_attn.rates import prepare_mask
+from liegroup_attn.rates import biased_mask, check_bias, prepare_mask
 
 __all__ = ["SoftmaxGenerator"]
 
@@ -26,7 +26,7 @@ __all__ = ["SoftmaxGenerator"]
 class SoftmaxGenerator(Generator):
     """Q = diag(ρ)(S − I) with the jump chain S = softmax(scale · q kᵀ + mask); never forms N×N to act.
 
-    One application is one ``scaled_dot_product_attention``, so its kernels, masks and memory apply.
+    One application is one ``scaled_dot_product_attention``, so its kernels, masks and memory apply; a bias is N×N itself.
 
     Args:
         query: (..., N, E).
@@ -35,6 +35,8 @@ class SoftmaxGenerator(Generator):
         attn_mask: broadcastable to (..., N, N), bool (True = takes part) or float (added to the scores), transitively
             closed. A row without an allowed target keeps its value.
         is_causal: lower-triangular mask.
+        score_bias: finite numbers added to the scores, broadcastable to (..., N, N), e.g. of a positional encoding. It hides
+            nothing, so it may stand beside either mask.
         scale: of the scores; default 1/√E.
         dropout_p: probability of dropping an entry of S, drawn anew in each jump (``dense`` drops none).
         allow_open_mask: accept a mask that is not transitively closed; exp(tQ) then fills it.
@@ -43,7 +45,7 @@ class SoftmaxGenerator(Generator):
         ShapeError: wrong rank, N = 0, or other tokens in the key than in the query.
         DtypeError: mixed dtypes.
         MaskError: see ``prepare_mask``.
-        GeneratorError: NaN in query or key, ρ outside [0, 1] (CPU).
+        GeneratorError: NaN in query, key or bias, ρ outside [0, 1] (CPU).
 
     Example:
         >>> q = torch.zeros(1, 2, 4)
@@ -64,6 +66,7 @@ class SoftmaxGenerator(Generator):
         jump_rates: Tensor | float | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        score_bias: Tensor | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
         allow_open_mask: bool = False,
@@ -99,7 +102,11 @@ class SoftmaxGenerator(Generator):
         self.scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
         self.dropout_p = dropout_p
         self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n]), query)
-        self._mask = prepare_mask(attn_mask, is_causal, torch.Size([*batch, n, n]), query.dtype, allow_open_mask)
+        scores_shape = torch.Size([*batch, n, n])
+        self._mask = prepare_mask(attn_mask, is_causal, scores_shape, query.dtype, allow_open_mask)
+        self.score_bias = None if score_bias is None else check_bias(score_bias, scores_shape)
+        # What the kernels take: a bias leaves no room for their own causal mask.
+        self._kernel_mask = biased_mask(self.score_bias, self._mask.attn_mask, is_causal, query.dtype)
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         moved = self.jump(value) - value
@@ -113,19 +120,21 @@ class SoftmaxGenerator(Generator):
             query,
             key,
             values.to(query.dtype),
-            attn_mask=self._mask.attn_mask,
+            attn_mask=self._kernel_mask,
             dropout_p=self.dropout_p,
-            is_causal=self.is_causal,
+            is_causal=self.is_causal and self.score_bias is None,
             scale=self.scale,
         ).to(value.dtype)
         no_target = self._mask.no_target
         return moved if no_target is None else torch.where(no_target, value, moved)
 
     def scores(self) -> Tensor:
-        """scale · q kᵀ plus a float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
+        """scale · q kᵀ plus bias and float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
         with torch.autocast(self.query.device.type, enabled=False):
             query, key = at_least_float32(self.query), at_least_float32(self.key)
             scores = (self.scale * query) @ key.mT
+            if self.score_bias is not None:
+                scores = scores + self.score_bias.to(scores.dtype)
             mask = self._mask.attn_mask
             return scores if mask is None or mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 

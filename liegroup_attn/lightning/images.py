@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.modules import Trained
 from liegroup_attn.metrics import MulticlassAccuracy
 from liegroup_attn.nn import AttentionRecipe, Transformer
+from liegroup_attn.positional import grid_positions
 
 __all__ = ["ImageClassifier"]
 
@@ -18,7 +22,7 @@ class ImageClassifier(Trained):
 
     Args:
         attention: recipe, e.g. ``{"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 16}``.
-        num_patches: N; every place has an embedding.
+        num_patches: N, a square grid where ``encoding`` has two axes.
         patch_values: F, numbers of a patch.
         num_classes: of an image.
         width: C, model width.
@@ -27,8 +31,9 @@ class ImageClassifier(Trained):
         streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
-        rotary_layout: null (default); or "half_split" or "interleaved".
-        rotary_base: of the RoPE frequencies.
+        places: every place has a learned embedding, beside what ``encoding`` does.
+        encoding: recipe of the positions of patches, on one axis in reading order, or on two; null (default) for none beside
+            the embeddings.
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
@@ -58,8 +63,8 @@ class ImageClassifier(Trained):
         streams: int = 1,
         mlp_ratio: float = 2.0,
         dropout: float = 0.0,
-        rotary_layout: str | None = None,
-        rotary_base: float = 10_000.0,
+        places: bool = True,
+        encoding: dict[str, Any] | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 50,
@@ -69,7 +74,8 @@ class ImageClassifier(Trained):
         super().__init__()
         self.save_hyperparameters()
         self.embedding = nn.Linear(patch_values, width)
-        self.places = nn.Embedding(num_patches, width)
+        self.num_patches = num_patches
+        self.places = nn.Embedding(num_patches, width) if places else None
         self.transformer = Transformer(
             width,
             depth,
@@ -77,8 +83,7 @@ class ImageClassifier(Trained):
             attention,
             mlp_ratio=mlp_ratio,
             dropout=dropout,
-            rotary_layout=rotary_layout,
-            rotary_base=rotary_base,
+            encoding=encoding,
             streams=streams,
         )
         self.head = nn.Linear(width, num_classes)
@@ -87,14 +92,28 @@ class ImageClassifier(Trained):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores, (B, N, F) → (B, number of classes)."""
-        wanted = self.places.num_embeddings, self.embedding.in_features
+        wanted = self.num_patches, self.embedding.in_features
         if tokens.dim() != 3 or tokens.shape[1:] != wanted:
             raise ShapeError(
                 f"tokens: expected (batch, {wanted[0]} patches, {wanted[1]} values), got {tuple(tokens.shape)}; set "
                 "num_patches and patch_values as the data has them"
             )
-        x = self.embedding(tokens) + self.places.weight
-        return self.head(self.transformer(x).mean(1))
+        x = self.embedding(tokens)
+        if self.places is not None:
+            x = x + self.places.weight
+        return self.head(self.transformer(x, positions=self._positions(x)).mean(1))
+
+    def _positions(self, x: Tensor) -> Tensor | None:
+        """Rows and columns of the patches, if that is what positions are."""
+        if self.transformer.axes == 1:
+            return None
+        side = math.isqrt(self.num_patches)
+        if side**2 != self.num_patches or self.transformer.axes != 2:
+            raise ShapeError(
+                f"num_patches: expected a square number and positions on 1 or 2 axes, got {self.num_patches} and "
+                f"{self.transformer.axes}; change patch_size or encoding"
+            )
+        return grid_positions(side, side, device=x.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch["tokens"]).float(), batch["labels"])

@@ -14,6 +14,7 @@ from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.optim import RiemannianSGD
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
+from liegroup_attn.nn.recipe import ROPE
 
 __all__ = ["TEST_SETS", "LanguageModel", "TokenClassifier", "Trained"]
 
@@ -58,7 +59,7 @@ class Trained(L.LightningModule):
             )
 
     def _variant(self) -> dict[str, Any]:
-        more = ("num_heads", "rotary_layout", "rotary_base")
+        more = ("num_heads", "encoding")
         return dict(self.hparams.attention) | {name: self.hparams[name] for name in more}
 
 
@@ -66,7 +67,7 @@ def _law(recipe: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
     hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
-    positions = recipe["num_heads"], recipe["rotary_layout"], recipe["rotary_base"]
+    positions = recipe["num_heads"], recipe["encoding"], recipe.get("bias_as") or "scores"
     learned = bool(recipe.get("ordered")), recipe.get("manifold") or "RateMatrices", recipe.get("scores")
     return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
 
@@ -83,8 +84,8 @@ class LanguageModel(Trained):
         streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
-        rotary_layout: "half_split" or "interleaved"; null for no positions.
-        rotary_base: of the RoPE frequencies.
+        encoding: recipe of the positions, e.g. ``{"module": "ALiBi"}``, see ``nn.build_encoding``; default RoPE; null for no
+            positions.
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
@@ -113,8 +114,7 @@ class LanguageModel(Trained):
         streams: int = 1,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        rotary_layout: str | None = "half_split",
-        rotary_base: float = 10_000.0,
+        encoding: dict[str, Any] | None = dict(ROPE),  # noqa: B006
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
@@ -133,8 +133,7 @@ class LanguageModel(Trained):
             is_causal=True,
             mlp_ratio=mlp_ratio,
             dropout=dropout,
-            rotary_layout=rotary_layout,
-            rotary_base=rotary_base,
+            encoding=encoding,
             streams=streams,
         )
         self.head = nn.Linear(width, vocab_size, bias=False)
@@ -194,8 +193,7 @@ class TokenClassifier(Trained):
         streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
-        rotary_layout: null (default), since tokens are a set; or "half_split" or "interleaved".
-        rotary_base: of the RoPE frequencies.
+        encoding: of positions; null (default), since tokens are a set.
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
@@ -224,8 +222,7 @@ class TokenClassifier(Trained):
         streams: int = 1,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        rotary_layout: str | None = None,
-        rotary_base: float = 10_000.0,
+        encoding: dict[str, Any] | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 50,
@@ -242,8 +239,7 @@ class TokenClassifier(Trained):
             attention,
             mlp_ratio=mlp_ratio,
             dropout=dropout,
-            rotary_layout=rotary_layout,
-            rotary_base=rotary_base,
+            encoding=encoding,
             streams=streams,
         )
         self.head = nn.Linear(width, vocab_size)

@@ -10,7 +10,7 @@ from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, R
 from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.nn.multihead import LieMultiheadAttention
-from liegroup_attn.nn.recipe import AttentionRecipe, build_attention
+from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_encoding
 from liegroup_attn.nn.scores import BilinearScores, RateScores, SkewScores, SpectralScores, SymmetricScores
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.nn.transformer import Transformer
@@ -41,6 +41,7 @@ __all__ = [
     "Transformer",
     "TransformerCache",
     "build_attention",
+    "build_encoding",
     "convert_attention",
     "restore_attention",
     "sample",

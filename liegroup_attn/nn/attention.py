@@ -13,7 +13,8 @@ from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape
 from liegroup_attn.generators import Generator
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.scores import BilinearScores
-from liegroup_attn.positional import RotaryEncoding
+from liegroup_attn.positional import BiasEncoding, RotationEncoding
+from liegroup_attn.rates import biased_mask
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
 
@@ -26,7 +27,7 @@ class SelfAttention(nn.Module, ABC):
         num_heads: H, divides C.
         num_kv_heads: heads of keys and values, divides H; default H.
         is_causal: lower-triangular mask.
-        rotary: position encoding of queries and keys; None for none.
+        encoding: of positions, on queries and keys (``RotationEncoding``) or on the scores (``BiasEncoding``); None for none.
         scores: makes queries and keys instead of two linear projections, see ``BilinearScores``.
         dropout: probability of dropping an entry of S, in training.
         bias: of the projections.
@@ -34,7 +35,8 @@ class SelfAttention(nn.Module, ABC):
     Raises:
         ShapeError: widths or heads that do not divide.
         ValueError: dropout outside [0, 1).
-        MaskError: symmetric scores with a causal mask or a rotary encoding, which break the symmetry.
+        MaskError: symmetric scores with a causal mask or an encoding, which break the symmetry; an encoding that needs a
+            causal mask without one.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class SelfAttention(nn.Module, ABC):
         *,
         num_kv_heads: int | None = None,
         is_causal: bool = False,
-        rotary: RotaryEncoding | None = None,
+        encoding: RotationEncoding | BiasEncoding | None = None,
         scores: BilinearScores | None = None,
         dropout: float = 0.0,
         bias: bool = False,
@@ -58,18 +60,43 @@ class SelfAttention(nn.Module, ABC):
             )
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_width = embed_dim // num_heads
-        if rotary is not None and rotary.head_width != self.head_width:
-            raise ShapeError(
-                f"rotary: expected head_width={self.head_width}, got {rotary.head_width}; it is embed_dim // num_heads"
-            )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected 0 ≤ dropout < 1, got {dropout}; choose a probability")
         self.is_causal = is_causal
         self.dropout = dropout
-        self.rotary = rotary
+        self.encoding = encoding
+        self._check_encoding()
         self._make_scores(scores, bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+
+    def _check_encoding(self) -> None:
+        encoding = self.encoding
+        if encoding is None:
+            return
+        if not isinstance(encoding, RotationEncoding | BiasEncoding):
+            raise TypeError(
+                f"encoding: expected a RotationEncoding or BiasEncoding, got {type(encoding).__name__}; absolute encodings "
+                "are added to the tokens before the first layer"
+            )
+        if isinstance(encoding, RotationEncoding):
+            if encoding.head_width != self.head_width:
+                raise ShapeError(
+                    f"encoding: expected head_width={self.head_width}, got {encoding.head_width}; it is embed_dim // num_heads"
+                )
+            if encoding.num_heads not in (None, self.num_kv_heads):
+                raise ShapeError(
+                    f"encoding: expected num_heads={self.num_kv_heads}, got {encoding.num_heads}; one R per key head"
+                )
+            return
+        if encoding.num_heads != self.num_heads:
+            raise ShapeError(
+                f"encoding: expected num_heads={self.num_heads}, got {encoding.num_heads}; one bias per query head"
+            )
+        if encoding.causal_only and not self.is_causal:
+            raise MaskError(
+                f"encoding: expected is_causal=True beside {type(encoding).__name__}, got False; it counts what came before"
+            )
 
     def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
         """Two projections, or the module that stands for them."""
@@ -84,9 +111,9 @@ class SelfAttention(nn.Module, ABC):
                 f"scores: expected embed_dim, num_heads and num_kv_heads {sizes} with as many key heads, got "
                 f"{scores.embed_dim}, {scores.num_heads}; make them for this layer and leave num_kv_heads out"
             )
-        if scores.symmetric and (self.is_causal or self.rotary is not None):
+        if scores.symmetric and (self.is_causal or self.encoding is not None):
             raise MaskError(
-                f"scores: expected is_causal=False and rotary=None with {type(scores).__name__}, got one of them; they "
+                f"scores: expected is_causal=False and encoding=None with {type(scores).__name__}, got one of them; they "
                 "break the symmetry, embed positions in the tokens instead"
             )
 
@@ -94,7 +121,15 @@ class SelfAttention(nn.Module, ABC):
         return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, dropout={self.dropout}"
 
     @abstractmethod
-    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Mix values over tokens.
 
         Args:
@@ -103,13 +138,22 @@ class SelfAttention(nn.Module, ABC):
             key: (B, H_kv, N, D).
             value: (B, H_kv or H, N, any width).
             attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float.
+            bias: of the positions, broadcastable to (B, H, N, N).
 
         Returns:
             (B, H, N, width of value).
         """
 
     @abstractmethod
-    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:
+    def extend(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """Mix values of new tokens with all before them, and keep what later ones need.
 
         Args:
@@ -118,6 +162,7 @@ class SelfAttention(nn.Module, ABC):
             key: (B, H_kv, N, D).
             value: (B, H_kv, N, D).
             cache: of the earlier tokens, checked; the new ones are appended.
+            bias: of the positions, broadcastable to (B, H, N, earlier and new tokens).
 
         Returns:
             (B, H, N, D).
@@ -134,7 +179,8 @@ class SelfAttention(nn.Module, ABC):
     @property
     def can_cache(self) -> bool:
         """Whether ``new_cache`` gives one."""
-        return self.is_causal
+        contextual = isinstance(self.encoding, BiasEncoding) and self.encoding.contextual
+        return self.is_causal and not contextual
 
     def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:
         """The generators along which values flow, and for how long; the last one first. None for softmax attention.
@@ -173,6 +219,11 @@ class SelfAttention(nn.Module, ABC):
             raise CacheError(
                 "cache: expected a layer with is_causal=True, got False; later tokens would change earlier ones"
             )
+        if isinstance(self.encoding, BiasEncoding) and self.encoding.contextual:
+            raise CacheError(
+                f"cache: expected positions that tokens do not change, got {type(self.encoding).__name__}; generate with "
+                "use_cache=False"
+            )
         if batch_size < 1 or max_tokens < 1:
             raise CacheError(f"cache: expected batch_size, max_tokens ≥ 1, got {batch_size}, {max_tokens}; make room")
         weight = self.v_proj.weight
@@ -194,7 +245,7 @@ class SelfAttention(nn.Module, ABC):
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores).
-            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1, or on from the cache's length.
+            positions: broadcastable to (B, 1, N), or (B, 1, N, P) on P axes; default 0 … N − 1, or on from the cache's length.
             cache: of the tokens before these; they are then taken into account, and these appended.
 
         Returns:
@@ -202,21 +253,23 @@ class SelfAttention(nn.Module, ABC):
 
         Raises:
             ShapeError: ``x`` is not (B, N, C).
-            CacheError: a cache of another layer, batch, dtype or time, or one that is full.
+            CacheError: a cache of another layer, batch, dtype or time, or one that is full; positions beside a cache of a
+                layer whose encoding biases scores.
             MaskError: a mask beside a cache.
         """
-        if cache is not None and positions is None:
-            positions = torch.arange(cache.length, cache.length + x.size(-2), device=x.device)
-        query, key, value = self._project(x, positions)
         if cache is None:
-            mixed = self.mix(x, query, key, value, attn_mask)  # (B, H, N, D)
+            mixed = self.mix(x, *self._inputs(x, positions, attn_mask))  # (B, H, N, D)
         else:
             if attn_mask is not None:
                 raise MaskError("attn_mask: expected None beside a cache, got a mask; decode sequences of equal length")
             if self.training and self.dropout:
                 raise CacheError("cache: expected a layer in eval mode, got one that drops entries; call .eval()")
+            bias = self._bias_of_new(cache, x, positions)
+            if positions is None:
+                positions = torch.arange(cache.length, cache.length + x.size(-2), device=x.device)
+            query, key, value = self._project(x, positions)
             cache.check(self, key, self.cache_settings())
-            mixed = self.extend(x, query, key, value, cache)  # (B, H, N, D)
+            mixed = self.extend(x, query, key, value, cache, bias)  # (B, H, N, D)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def mixing_matrix(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -230,9 +283,31 @@ class SelfAttention(nn.Module, ABC):
         Returns:
             (B, H, N, N); rows sum to 1 (without dropout).
         """
-        query, key, value = self._project(x, positions)
+        query, key, value, mask, bias = self._inputs(x, positions, attn_mask)
         eye = torch.eye(x.size(1), dtype=value.dtype, device=x.device)
-        return self.mix(x, query, key, eye.expand(*value.shape[:2], -1, -1), attn_mask)
+        return self.mix(x, query, key, eye.expand(*value.shape[:2], -1, -1), mask, bias)
+
+    def _inputs(
+        self, x: Tensor, positions: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What ``mix`` takes beside x."""
+        query, key, value = self._project(x, positions)
+        bias = self.encoding(x, query, key, positions) if isinstance(self.encoding, BiasEncoding) else None
+        return query, key, value, attn_mask, bias
+
+    def _bias_of_new(self, cache: AttentionCache, x: Tensor, positions: Tensor | None) -> Tensor | None:
+        """The bias between new tokens and all so far."""
+        if not isinstance(self.encoding, BiasEncoding):
+            return None
+        if positions is not None:
+            raise CacheError(
+                f"positions: expected None beside a cache with {type(self.encoding).__name__}, got some; the cache knows no "
+                "positions of earlier tokens, they count from 0"
+            )
+        seen = torch.arange(cache.length + x.size(-2), device=x.device).unsqueeze(-1)
+        seen = seen.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.encoding.between(seen[cache.length :], seen.mT)  # (H, new, all)
 
     def _values(self, x: Tensor) -> Tensor:
         check_shape("x", x, least_rank=3, remedy="give (batch, tokens, width)")
@@ -247,8 +322,8 @@ class SelfAttention(nn.Module, ABC):
         else:
             query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
             key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
-        if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        if isinstance(self.encoding, RotationEncoding):
+            query, key = self.encoding.rotate(query, key, positions)
         bias = None if self.scores is None else self.scores.key_bias(x)
         return (query, key, value) if bias is None else (*_with_bias(query, key, bias), value)
 
@@ -276,25 +351,42 @@ class SoftmaxAttention(SelfAttention):
     Source: [Vaswani2017]_.
     """
 
-    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+    def mix(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask,
+            biased_mask(bias, attn_mask, self.is_causal, query.dtype),
             self.dropout if self.training else 0.0,
-            self.is_causal,
+            self.is_causal and bias is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
         return self.num_kv_heads, self.head_width, dtype
 
-    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+    def extend(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         past, new = cache.length, query.size(-2)
         cache.append(key, value)
         # A single token sees all; several see the past and one another causally.
         mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past) if new > 1 else None
+        mask = biased_mask(bias, mask, False, query.dtype)
         return F.scaled_dot_product_attention(
             query,
             cache.keys[:, :, : cache.length],

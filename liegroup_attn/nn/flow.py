@@ -161,6 +161,7 @@ class LieFlow(nn.Module):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
+        score_bias: Tensor | None = None,
         need_weights: bool = False,
         closed: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -174,6 +175,7 @@ class LieFlow(nn.Module):
             dropout_p: as in ``lie_attention``; with ``need_weights`` of an entry of the mixing matrix.
             is_causal: lower-triangular mask.
             scale: of the scores; default 1/√E.
+            score_bias: finite numbers added to the scores, broadcastable to (B, H, N, N).
             need_weights: return the mixing matrix, too.
             closed: the mask is known to be transitively closed: do not look.
 
@@ -200,6 +202,7 @@ class LieFlow(nn.Module):
                 jump_rates=rates,
                 first_hop=self.first_hop,
                 clock=self.clock,
+                score_bias=score_bias,
                 method=self._method(attn_mask),
                 allow_open_mask=closed or self.allow_open_mask,
             )
@@ -220,6 +223,7 @@ class LieFlow(nn.Module):
         *,
         is_causal: bool = False,
         scale: float | None = None,
+        score_bias: Tensor | None = None,
     ) -> SoftmaxGenerator:
         """Q of a call with these arguments; a mask that is not closed is taken as it is.
 
@@ -233,6 +237,7 @@ class LieFlow(nn.Module):
             attn_mask=attn_mask,
             is_causal=is_causal,
             scale=scale,
+            score_bias=score_bias,
             allow_open_mask=True,
         )
 

@@ -53,16 +53,25 @@ class FlowAttention(SoftmaxAttention):
         """Become softmax attention again."""
         del self.lie
 
-    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+    def mix(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         drop = self.dropout if self.training else 0.0
-        return self.lie(query, key, value, attn_mask, dropout_p=drop, is_causal=self.is_causal)[0]
+        return self.lie(query, key, value, attn_mask, dropout_p=drop, is_causal=self.is_causal, score_bias=bias)[0]
 
     def mixing_matrix(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:  # noqa: D102
-        query, key, value = self._project(x, positions)
-        return self.lie(query, key, value, attn_mask, is_causal=self.is_causal, need_weights=True)[1]
+        query, key, value, attn_mask, bias = self._inputs(x, positions, attn_mask)
+        return self.lie(query, key, value, attn_mask, is_causal=self.is_causal, score_bias=bias, need_weights=True)[1]
 
     def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
-        generator = self.lie.generator(*self._project(x, None), is_causal=self.is_causal)
+        query, key, value, attn_mask, bias = self._inputs(x, None, None)
+        generator = self.lie.generator(query, key, value, attn_mask, is_causal=self.is_causal, score_bias=bias)
         return {"Q": (generator, self.lie.flow_time())}
 
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
@@ -72,9 +81,17 @@ class FlowAttention(SoftmaxAttention):
     def cache_settings(self) -> tuple[object, ...]:  # noqa: D102
         return self.lie.time_scale, self.lie.max_time, self.lie.tol, str(self.lie.clock), self.lie.first_hop
 
-    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+    def extend(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         past, stop = cache.length, cache.length + key.size(-2)
         cache.keys[:, :, past:stop] = key
-        mixed, kept = self.lie.extend(query, cache.keys[:, :, :stop], value, cache.values[:, :, :past])
+        mixed, kept = self.lie.extend(query, cache.keys[:, :, :stop], value, cache.values[:, :, :past], bias)
         cache.append(key, kept)
         return mixed

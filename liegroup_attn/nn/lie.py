@@ -14,14 +14,15 @@ from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
 from liegroup_attn.functional import expm_multiply, lie_attention
-from liegroup_attn.generators import Generator, SoftmaxGenerator
+from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
 from liegroup_attn.generators.joined import joined_generator, masked_as
-from liegroup_attn.manifolds import OpenInterval, StochasticMatrices, hold
+from liegroup_attn.manifolds import OpenInterval, PositiveVectors, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.mixer import LieMixer
+from liegroup_attn.positional import BiasEncoding
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -45,6 +46,9 @@ class LieAttention(SelfAttention):
             positions, ``RateMatrix`` for a fixed number of tokens. Its rates are per unit of the layer's time; how many
             hops they take is looked at in each call (a wait for a GPU), and K then depends on the number of tokens,
             unless ``method`` says so.
+        bias_as: what a ``BiasEncoding`` biases: "scores" (log-rates, before the jump chain), or "rates": its own jump chain
+            ρ₊(softmax(bias) − I), ρ₊ > 0 learned per head, is added to Q.
+        position_rate: ρ₊ at the start.
         ordered: the product exp(tQ)exp(tQ₊) instead of exp(t(Q + Q₊)): first along ``plus``, then along Q.
         mix_heads: every head flows along Σ_h w_gh Q_h each head a relation; the rows of w > 0 sum to 1
             (``StochasticMatrices``) and w starts near the identity.
@@ -55,7 +59,7 @@ class LieAttention(SelfAttention):
         **options: those of ``SelfAttention``.
 
     Raises:
-        GeneratorError: time outside (0, max_time), rate outside (0, 1).
+        GeneratorError: time outside (0, max_time), rate outside (0, 1), position_rate not positive, an unknown bias_as.
 
     Example:
         >>> from liegroup_attn import ExponentialClock
@@ -67,6 +71,7 @@ class LieAttention(SelfAttention):
     """
 
     time: Tensor
+    position_rate: Tensor
     head_weights: Tensor | None
 
     def __init__(
@@ -83,6 +88,8 @@ class LieAttention(SelfAttention):
         clock: Clock | None = None,
         rate_fn: Callable[[Tensor], Tensor] | None = None,
         plus: LearnedGenerator | None = None,
+        bias_as: str = "scores",
+        position_rate: float = 0.5,
         ordered: bool = False,
         mix_heads: bool = False,
         tol: float = 1e-3,
@@ -104,6 +111,7 @@ class LieAttention(SelfAttention):
         self.clock = clock
         self.rate_fn = rate_fn
         self._add(plus, ordered, mix_heads)
+        self._place_bias(bias_as, position_rate)
         self.tol = tol
         self.method = method
         self.allow_open_mask = allow_open_mask
@@ -132,6 +140,24 @@ class LieAttention(SelfAttention):
             h = self.num_heads
             # Rows sum to 1: time alone carries the scale, and the hops stay as many.
             hold(self, "head_weights", torch.full((h, h), 0.1 / h) + 0.9 * torch.eye(h), StochasticMatrices())
+
+    def _place_bias(self, bias_as: str, position_rate: float) -> None:
+        if bias_as not in ("scores", "rates"):
+            raise GeneratorError(
+                f"bias_as: expected 'scores' or 'rates', got {bias_as!r}; say where the encoding's bias acts"
+            )
+        if not 0 < position_rate < math.inf:
+            raise GeneratorError(
+                f"position_rate: expected a positive number, got {position_rate}; a rate of 0 has no gradient"
+            )
+        self.bias_as = bias_as
+        if bias_as == "rates":
+            if not isinstance(self.encoding, BiasEncoding) or self.ordered:
+                raise GeneratorError(
+                    "bias_as: expected a BiasEncoding and ordered=False beside 'rates', got others; give encoding=ALiBi(…), "
+                    "or RelativeRates by plus"
+                )
+            hold(self, "position_rate", torch.full((self.num_heads, 1), float(position_rate)), PositiveVectors())
 
     def extra_repr(self) -> str:  # noqa: D102
         switches = f"first_hop={self.first_hop}, clock={self.clock}, max_time={self.max_time:g}"
@@ -166,17 +192,33 @@ class LieAttention(SelfAttention):
         """
         if self.rate_fn is not None:
             raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
-        query, key, _ = self._project(x, positions)
-        plus = None if self.plus is None or self.ordered else self.plus(x.size(-2))
-        return joined_generator(self._chain(x, query, key, attn_mask), None, self.head_weights, plus)
+        query, key, _, attn_mask, bias = self._inputs(x, positions, attn_mask)
+        plus = None if self.ordered else self._added(x.size(-2), bias)
+        scored = bias if self.bias_as == "scores" else None
+        return joined_generator(self._chain(x, query, key, attn_mask, scored), None, self.head_weights, plus)
 
-    def _chain(self, x: Tensor, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> SoftmaxGenerator:
+    def _added(self, num_tokens: int, bias: Tensor | None) -> Generator | None:
+        """What is added to the generator of the scores: learned, of positions, both or neither."""
+        added = None if self.plus is None else self.plus(num_tokens)
+        if bias is None or self.bias_as == "scores":
+            return added
+        if self.is_causal:
+            ahead = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=bias.device).triu(1)
+            bias = bias.masked_fill(ahead, -torch.inf)
+        of_positions = DenseGenerator.from_rates(self.position_rate.unsqueeze(-1).to(bias.dtype) * bias.softmax(-1))
+        of_positions.is_causal = self.is_causal
+        return of_positions if added is None else added + of_positions
+
+    def _chain(
+        self, x: Tensor, query: Tensor, key: Tensor, attn_mask: Tensor | None, bias: Tensor | None = None
+    ) -> SoftmaxGenerator:
         return SoftmaxGenerator(
             query,
             key.repeat_interleave(self.num_heads // key.size(1), 1),
             jump_rates=self.jump_rates(x),
             attn_mask=attn_mask,
             is_causal=self.is_causal,
+            score_bias=bias,
             allow_open_mask=self.allow_open_mask,
         )
 
@@ -202,8 +244,16 @@ class LieAttention(SelfAttention):
         """t per head as used, (H, 1): learned time × ``time_scale``."""
         return self.time * self.time_scale
 
-    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
-        plus = None if self.plus is None else self.plus(x.size(-2))
+    def mix(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        plus = self._added(x.size(-2), bias)
         if plus is not None and self.ordered:
             if attn_mask is not None:
                 plus = masked_as(self._chain(x, query, key, attn_mask), plus)
@@ -224,6 +274,7 @@ class LieAttention(SelfAttention):
             first_hop=self.first_hop,
             clock=self.clock,
             rate_fn=self.rate_fn,
+            score_bias=bias if self.bias_as == "scores" else None,
             plus=plus,
             head_weights=self.head_weights,
             method=self._method(),
@@ -232,7 +283,8 @@ class LieAttention(SelfAttention):
 
     @property
     def can_cache(self) -> bool:  # noqa: D102
-        return super().can_cache and self.rate_fn is self.plus is self.head_weights is None
+        alone = self.rate_fn is self.plus is self.head_weights is None and self.bias_as == "scores"
+        return super().can_cache and alone
 
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
         kept = torch.float64 if dtype == torch.float64 else torch.float32  # half precision would round each hop
@@ -246,7 +298,15 @@ class LieAttention(SelfAttention):
     def cache_settings(self) -> tuple[object, ...]:  # noqa: D102
         return self.time_scale, self.max_time, self.tol, repr(self.clock), self.first_hop, repr(self.method)
 
-    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+    def extend(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         past, group = cache.length, self.num_heads // self.num_kv_heads
         stop = past + key.size(-2)
         cache.keys[:, :, past:stop] = key
@@ -261,13 +321,15 @@ class LieAttention(SelfAttention):
             time=self.flow_time(),
             clock=self.clock or FixedClock(),
             first_hop=self.first_hop,
+            attn_mask=bias,
         )
         cache.append(key, kept)
         return mixed
 
     def _sweep(self) -> CausalSweep:
         """The sweep that computes on new tokens what ``forward`` computes on all."""
-        added = {"rate_fn": self.rate_fn, "plus": self.plus, "mix_heads": self.head_weights}
+        rates = self.encoding if self.bias_as == "rates" else None
+        added = {"rate_fn": self.rate_fn, "plus": self.plus, "mix_heads": self.head_weights, "bias_as='rates'": rates}
         if got := [name for name, value in added.items() if value is not None]:
             raise CacheError(
                 f"cache: expected a layer without {got[0]}, got one with it; only the jump chain of one head is swept, "
@@ -285,7 +347,9 @@ class LieAttention(SelfAttention):
     def _method(self) -> Method | None:
         if self.method is not None or self.rate_fn is not None:  # the rates of a rate_fn are not known before data is
             return self.method
-        if self.plus is not None and not self.ordered:  # its rates are learned without bound
+        if (
+            self.plus is not None and not self.ordered
+        ) or self.bias_as == "rates":  # its rates are learned without bound
             return Automatic(self.tol)
         return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
 

@@ -70,7 +70,15 @@ class LieMixer(SelfAttention):
         value = self._values(x)
         return value, value, value
 
-    def mix(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:  # noqa: D102
+    def mix(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         if attn_mask is not None:
             raise MaskError(
                 "attn_mask: expected None, got a mask; what a learned generator joins is its manifold's support"
@@ -94,5 +102,13 @@ class LieMixer(SelfAttention):
     def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
         raise CacheError("cache: expected a layer with keys, got LieMixer; generate with use_cache=False")
 
-    def extend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: AttentionCache) -> Tensor:  # noqa: D102
+    def extend(  # noqa: D102
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: AttentionCache,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         raise CacheError("cache: expected a layer with keys, got LieMixer; generate with use_cache=False")

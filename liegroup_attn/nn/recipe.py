@@ -1,20 +1,23 @@
-"""A recipe: attention as plain strings and numbers, so that YAML can say it and a checkpoint can hold it."""
+"""Recipes: attention and positions as plain strings and numbers, so that YAML can say it and a checkpoint can hold it."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 import liegroup_attn
-from liegroup_attn import manifolds
+from liegroup_attn import manifolds, positional
 from liegroup_attn.nn import scores as score_modules
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention
 from liegroup_attn.nn.mixer import LieMixer
-from liegroup_attn.positional import RotaryEncoding
+from liegroup_attn.positional import PositionalEncoding
 
-__all__ = ["AttentionRecipe", "build_attention"]
+__all__ = ["AttentionRecipe", "build_attention", "build_encoding"]
+
+ROPE: dict[str, Any] = {"module": "RotaryEncoding", "layout": "half_split"}  # the default of language models
 
 
 class AttentionRecipe(TypedDict, total=False):
@@ -38,6 +41,8 @@ class AttentionRecipe(TypedDict, total=False):
     clock_shape: int
     rate_fn: Literal["exponential", "softplus", "squared_relu"]
     plus: Literal["RelativeRates", "RateMatrix"]
+    bias_as: Literal["scores", "rates"]
+    position_rate: float
     ordered: bool
     mix_heads: bool
     generator: Literal["RelativeRates", "RateMatrix"]
@@ -68,7 +73,7 @@ def build_attention(
         recipe: names and numbers, see ``AttentionRecipe``.
         embed_dim: C, model width.
         num_heads: H.
-        **options: ``rotary``, ``is_causal``, ``dropout`` … of ``SelfAttention``.
+        **options: ``encoding``, ``is_causal``, ``dropout`` … of ``SelfAttention``.
 
     Returns:
         The module.
@@ -89,6 +94,10 @@ def build_attention(
     for key, kind in get_type_hints(AttentionRecipe).items():
         if key in given and (names := get_args(kind)) and given[key] not in names:
             raise ValueError(f"attention.{key}: expected one of {sorted(names)}, got {given[key]!r}; name one of them")
+    if "position_rate" in given and given.get("bias_as") != "rates":
+        raise ValueError(
+            f"attention.position_rate: expected it with bias_as='rates' alone, got bias_as={given.get('bias_as')!r}; set both"
+        )
     _build_clock(given)
     if "rate_fn" in given:
         given["rate_fn"] = getattr(liegroup_attn, given["rate_fn"])
@@ -136,6 +145,60 @@ def _build_learned(given: dict[str, Any], num_heads: int, is_causal: bool) -> Le
     return built
 
 
-def build_rotary(head_width: int, layout: str | None, base: float) -> RotaryEncoding | None:
-    """RoPE from plain settings; layout None means no positions."""
-    return None if layout is None else RotaryEncoding(head_width, layout=layout, base=base)
+def build_encoding(
+    recipe: Mapping[str, Any] | None, embed_dim: int, num_heads: int, *, is_causal: bool = False
+) -> PositionalEncoding | None:
+    """Build a positional encoding.
+
+    Args:
+        recipe: ``module``, the name of a class of ``liegroup_attn.positional``, and its own arguments but for
+            ``embed_dim``, ``num_heads``, ``head_width`` and ``is_causal``, which the model knows; None for no positions.
+            An argument that is an object is a recipe itself, e.g. ``scaling: {module: YaRN, factor: 4}``.
+        embed_dim: C, model width.
+        num_heads: H.
+        is_causal: lower-triangular mask.
+
+    Returns:
+        The encoding, or None.
+
+    Raises:
+        ValueError: unknown name or argument, or one that is missing.
+
+    Example:
+        >>> build_encoding({"module": "RotaryEncoding", "layout": "interleaved"}, 16, 2)
+        RotaryEncoding(8, layout='interleaved', base=10000)
+    """
+    if recipe is None:
+        return None
+    known = {name: kind for name in positional.__all__ if _concrete(kind := getattr(positional, name))}
+    sizes = {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "head_width": embed_dim // num_heads,
+        "is_causal": is_causal,
+    }
+    built: PositionalEncoding = _build_named("encoding", recipe, known, sizes)
+    return built
+
+
+def _concrete(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, PositionalEncoding) and not inspect.isabstract(kind)
+
+
+def _build_named(where: str, recipe: Mapping[str, Any], known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
+    """An object by its class's name and arguments; ``sizes`` fill those that it asks for."""
+    given = {key: value for key, value in recipe.items() if value is not None}
+    name = given.pop("module", None)
+    if name not in known:
+        raise ValueError(f"{where}.module: expected one of {sorted(known)}, got {name!r}; name one of them")
+    wanted = inspect.signature(known[name]).parameters
+    own = sorted(set(wanted) - set(sizes))
+    if unknown := sorted(set(given) - set(own)):
+        raise ValueError(f"{where}: expected keys from {own} for {name}, got {unknown}; remove them")
+    if missing := [key for key in own if wanted[key].default is inspect.Parameter.empty and key not in given]:
+        raise ValueError(f"{where}: expected {missing} for {name}, got {sorted(given)}; add what is missing")
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            objects = {name: kind for name in positional.__all__ if isinstance(kind := getattr(positional, name), type)}
+            given[key] = _build_named(f"{where}.{key}", value, objects, {})
+    return known[name](**{key: size for key, size in sizes.items() if key in wanted}, **given)

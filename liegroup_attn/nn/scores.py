@@ -155,7 +155,7 @@ class SymmetricScores(BilinearScores):
 
     With S_ij ∝ e^{s_ij} π_j and jump rates λ_i the chain is in detailed balance with μ_i ∝ π_i Z_i / λ_i,
     Z_i = Σ_j e^{s_ij} π_j: its eigenvalues are real and its flow is a diffusion. A = W diag(w) Wᵀ with a free W and a free
-    spectrum w of both signs; log π_j = p·x_j, 0 at the start. ``is_causal`` and ``rotary`` break the symmetry and are
+    spectrum w of both signs; log π_j = p·x_j, 0 at the start. ``is_causal`` and an ``encoding`` break the symmetry and are
     refused by the layer; a mask that is not symmetric breaks it, too. Sums with other generators (``plus``,
     ``mix_heads``) are sums of chains with other stationary laws, hence in general not reversible.
 

@@ -13,8 +13,9 @@ from liegroup_attn.errors import CacheError, ShapeError
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import continue_tokens
-from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_rotary
+from liegroup_attn.nn.recipe import ROPE, AttentionRecipe, build_attention, build_encoding
 from liegroup_attn.nn.streams import Residual, ResidualStreams
+from liegroup_attn.positional import AbsoluteEncoding
 
 __all__ = ["Block", "Transformer"]
 
@@ -66,8 +67,8 @@ class Transformer(nn.Module):
         is_causal: lower-triangular mask.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and on each residual branch, in training.
-        rotary_layout: "half_split" or "interleaved" RoPE on queries and keys; None for no positions.
-        rotary_base: of the RoPE frequencies.
+        encoding: recipe of the positions, e.g. ``{"module": "ALiBi"}``, see ``build_encoding``; default RoPE, None for no
+            positions. What acts on tokens acts once, before the first block; all else has parameters of its own in every block.
         streams: number of residual streams; more than one start as the input times a learned vector each, mix by ``ResidualStreams``, and a learned
             combination comes out.
 
@@ -94,8 +95,7 @@ class Transformer(nn.Module):
         is_causal: bool = False,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        rotary_layout: str | None = "half_split",
-        rotary_base: float = 10_000.0,
+        encoding: Mapping[str, Any] | None = ROPE,
         streams: int = 1,
     ) -> None:
         super().__init__()
@@ -104,10 +104,14 @@ class Transformer(nn.Module):
         if num_heads < 1 or width % num_heads:
             raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
         recipe = {"module": "SoftmaxAttention"} if attention is None else attention
+        self.absolute: AbsoluteEncoding | None = None
         blocks = []
         for i in range(depth):
-            rotary = build_rotary(width // num_heads, rotary_layout, rotary_base)
-            layer = build_attention(recipe, width, num_heads, is_causal=is_causal, rotary=rotary, dropout=dropout)
+            acting = build_encoding(encoding, width, num_heads, is_causal=is_causal)
+            if isinstance(acting, AbsoluteEncoding):
+                self.absolute = self.absolute or acting
+                acting = None
+            layer = build_attention(recipe, width, num_heads, is_causal=is_causal, encoding=acting, dropout=dropout)
             residuals = [ResidualStreams(streams, reads=2 * i + k) if streams > 1 else Residual() for k in range(2)]
             blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))
         self.streams = streams
@@ -138,6 +142,12 @@ class Transformer(nn.Module):
         """Whether every layer can keep a cache."""
         return all(block.attention.can_cache for block in self._blocks())
 
+    @property
+    def axes(self) -> int:
+        """P, numbers a position has."""
+        encoding = self.absolute or self._blocks()[0].attention.encoding if len(self.blocks) else None
+        return 1 if encoding is None else encoding.axes
+
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
@@ -153,7 +163,7 @@ class Transformer(nn.Module):
         Args:
             x: (B, N, C).
             attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float.
-            positions: integers, broadcastable to (B, 1, N); default 0 … N − 1, or on from the cache's length.
+            positions: broadcastable to (B, 1, N), or (B, 1, N, P) on P axes; default 0 … N − 1, or on from the cache's length.
             cache: of the tokens before these, from ``new_cache``; these are appended.
 
         Returns:
@@ -165,6 +175,8 @@ class Transformer(nn.Module):
         if cache is not None and len(cache) != len(self.blocks):
             raise CacheError(f"cache: expected {len(self.blocks)} layers, got {len(cache)}; make it by new_cache")
         start = 0 if cache is None else cache.length
+        if self.absolute is not None:
+            x = self._at(x, positions, start)
         if self.streams > 1:
             x = self.entering.to(x.dtype) * x.unsqueeze(-2)  # (B, N, S, C)
         try:
@@ -175,6 +187,16 @@ class Transformer(nn.Module):
                 kept.crop(start)
             raise
         return self.norm(x if self.streams == 1 else torch.einsum("s,...sc->...c", self.leaving.to(x.dtype), x))
+
+    def _at(self, x: Tensor, positions: Tensor | None, start: int) -> Tensor:
+        """Tokens with their absolute positions, which have no heads."""
+        assert self.absolute is not None
+        if positions is None:
+            positions = torch.arange(start, start + x.size(1), device=x.device)
+        several = self.absolute.axes > 1
+        if positions.dim() == 3 + several:  # (B, 1, N)
+            positions = positions.squeeze(1)
+        return self.absolute(x, positions)
 
     @torch.no_grad()
     def generate(

@@ -18,7 +18,10 @@ def test_data_larger_than_the_model_ends_in_a_sentence():
         L.Trainer(max_steps=1, **QUIET).fit(model, data)
 
 
-@pytest.mark.parametrize("changed", [{"num_heads": 4}, {"rotary_layout": "interleaved"}, {"rotary_base": 500.0}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_heads": 4}, {"encoding": {"module": "RotaryEncoding", "layout": "interleaved"}}, {"encoding": None}],
+)
 def test_a_checkpoint_of_other_heads_or_positions_is_refused(tmp_path, changed):
     model = LanguageModel(LIE | {"learn_time": False, "learn_rates": False}, width=16, depth=1, num_heads=2)
     trainer = L.Trainer(max_steps=0, **QUIET)

@@ -40,7 +40,7 @@ OPTIONS = {
         "is_causal": True,
         "num_kv_heads": 1,
         "bias": True,
-        "rotary": RotaryEncoding(C // H, layout="interleaved"),
+        "encoding": RotaryEncoding(C // H, layout="interleaved"),
     },
 }
 
@@ -153,7 +153,7 @@ def test_every_parameter_gets_a_gradient(recipe, options):
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if name != "k_proj.bias" or layer.rotary is not None:  # without positions softmax does not see it
+        if name != "k_proj.bias" or layer.encoding is not None:  # without positions softmax does not see it
             assert parameter.grad.abs().max() > 0, name
 
 
@@ -194,7 +194,7 @@ def test_the_mixing_matrix_is_that_of_the_generator(recipe):
 @recipes
 @pytest.mark.parametrize("n", [1, 2, N, 70])
 def test_causal_outputs_do_not_see_the_future(recipe, n):
-    layer = build(recipe, torch.float64, is_causal=True, rotary=RotaryEncoding(C // H, layout="half_split"))
+    layer = build(recipe, torch.float64, is_causal=True, encoding=RotaryEncoding(C // H, layout="half_split"))
     x = tokens(n=n, dtype=torch.float64)
     now = (n - 1) // 2
     other = x.clone()
@@ -415,9 +415,9 @@ BUILD = [
     (lambda: SoftmaxAttention(C, H, dropout=1.0), ValueError, r"dropout: expected 0 ≤ dropout < 1, got 1.0; choose"),
     (lambda: LieAttention(C, H, dropout=-0.1), ValueError, r"dropout: expected .*, got -0.1; choose"),
     (
-        lambda: LieAttention(C, H, rotary=RotaryEncoding(8, layout="half_split")),
+        lambda: LieAttention(C, H, encoding=RotaryEncoding(8, layout="half_split")),
         ShapeError,
-        r"rotary: expected head_width=4, got 8; it is",
+        r"encoding: expected head_width=4, got 8; it is",
     ),
     *(
         (
@@ -473,7 +473,7 @@ FORWARD = [
     ((torch.zeros(2, N, 8),), ShapeError, r"x: expected \(batch, tokens, 16\), got \(2, 9, 8\); match", True),
     ((torch.zeros(2, N, C, dtype=torch.long),), DtypeError, r"x: expected a floating-point tensor, got .*; conv", True),
     (("text",), DtypeError, r"x: expected a floating-point tensor, got str; convert", True),
-    ((tokens(), None, torch.arange(N).float()), DtypeError, r"positions: expected integers, got .*; count", True),
+    ((tokens(), None, torch.arange(N).half()), DtypeError, r"positions: expected integers, .*, got .*; half", True),
     ((tokens(), None, torch.arange(5)), ShapeError, r"positions: expected .*\(2, 4, 9\), got \(5,\); one per", True),
     ((tokens(n=0),), ShapeError, r"query: expected at least 1 token, got shape .*; drop empty", False),
     ((tokens(), window), MaskError, r"attn_mask: expected a transitively closed mask, got .*; close it", False),
@@ -486,7 +486,7 @@ FORWARD = [
 def test_bad_inputs(arguments, error, match, both):
     rotary = RotaryEncoding(C // H, layout="half_split")
     for kind in (LieAttention, SoftmaxAttention) if both else (LieAttention,):
-        layer = kind(C, H, rotary=rotary)
+        layer = kind(C, H, encoding=rotary)
         with pytest.raises(error, match=match):
             layer(*arguments)
         with pytest.raises(error, match=match):

@@ -32,7 +32,7 @@ over_layers = pytest.mark.parametrize("name", LAYERS)
 
 def build(name, dtype=torch.float32, **options):
     kind, own = LAYERS[name]
-    layer = kind(C, H, is_causal=True, rotary=RotaryEncoding(C // H, layout="half_split"), **own, **options).to(dtype)
+    layer = kind(C, H, is_causal=True, encoding=RotaryEncoding(C // H, layout="half_split"), **own, **options).to(dtype)
     for parameter in layer.parameters():  # rates that differ from token to token
         if parameter.shape == (H, C):
             nn.init.normal_(parameter)

@@ -86,7 +86,7 @@ LAYERS = {
     "mixer, resolvent": Case(lambda: LieMixer(C, H, RateMatrix(H, N), clock=la.ExponentialClock())),
     "spectral scores": Case(lambda: SoftmaxAttention(C, H, scores=SpectralScores(C, H))),
     "spectral scores, rotary, causal": Case(
-        lambda: lie(scores=SpectralScores(C, H), rotary=RotaryEncoding(C // H, layout="half_split"), is_causal=True),
+        lambda: lie(scores=SpectralScores(C, H), encoding=RotaryEncoding(C // H, layout="half_split"), is_causal=True),
         True,
     ),
     "skew scores": Case(lambda: lie(scores=SkewScores(C, H))),
@@ -530,7 +530,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "kv heads": (lambda: lie(scores=Sizes(C, H), num_kv_heads=2), ShapeError, "scores: expected embed_dim"),
     "symmetric, causal": (lambda: lie(scores=SymmetricScores(C, H), is_causal=True), MaskError, "break the symmetry"),
     "symmetric, rotary": (
-        lambda: lie(scores=SymmetricScores(C, H), rotary=RotaryEncoding(C // H, layout="half_split")),
+        lambda: lie(scores=SymmetricScores(C, H), encoding=RotaryEncoding(C // H, layout="half_split")),
         MaskError,
         "break the symmetry",
     ),

@@ -9,6 +9,7 @@ import pytest
 import liegroup_attn as la
 from liegroup_attn.manifolds import ReversibleRateMatrices
 from liegroup_attn.nn import AttentionRecipe, LieAttention, SkewScores, SoftmaxAttention, build_attention
+from liegroup_attn.positional import ALiBi
 
 LIE = {"module": "LieAttention"}
 SETTINGS = [
@@ -31,6 +32,8 @@ SETTINGS = [
     ("num_tokens", 5, lambda m: m.plus.num_tokens == 5),
     ("manifold", "ReversibleRateMatrices", lambda m: type(m.plus.matrix.manifold) is ReversibleRateMatrices),
     ("learned_rate", 2.0, lambda m: m.plus(99).rate_bound().allclose(m.time.new_tensor(2.0), rtol=0.3)),
+    ("bias_as", "rates", lambda m: m.bias_as == "rates"),
+    ("position_rate", 0.7, lambda m: m.position_rate.allclose(m.position_rate.new_tensor(0.7))),
     ("ordered", True, lambda m: m.ordered),
     ("mix_heads", True, lambda m: m.head_weights.shape == (2, 2)),
     ("tol", 1e-5, lambda m: m.tol == 1e-5),
@@ -38,6 +41,7 @@ SETTINGS = [
 ]
 
 NEEDS = {  # what a key has no meaning without
+    "position_rate": {"bias_as": "rates"},
     "clock_shape": {"clock": "ErlangClock"},
     "plus": {"max_distance": 3},
     "max_distance": {"plus": "RelativeRates"},
@@ -52,7 +56,8 @@ NEEDS = {  # what a key has no meaning without
 def test_settings_arrive(key, value, holds):
     recipe = {**LIE, **NEEDS.get(key, {}), key: value}
     given = copy.deepcopy(recipe)
-    assert holds(build_attention(recipe, 8, 2))
+    encoding = {"encoding": ALiBi(2)} if "bias_as" in recipe else {}
+    assert holds(build_attention(recipe, 8, 2, **encoding))
     assert recipe == given  # the caller's dictionary goes into the checkpoint
     default = {**LIE, key: None}  # YAML's null
     assert repr(build_attention(default, 8, 2)) == repr(LieAttention(8, 2))

@@ -10,6 +10,7 @@ import torch
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.manifolds import ManifoldParameter
 from liegroup_attn.nn import LieAttention, Transformer, scale_time
+from liegroup_attn.nn.recipe import ROPE
 
 C, H, N = 16, 4, 8
 RECIPES = {
@@ -63,9 +64,9 @@ def test_first_hop_for_no_time_is_the_softmax_model():
 
 
 @recipes
-@pytest.mark.parametrize("layout", ["half_split", "interleaved", None])
-def test_every_parameter_of_every_block_gets_a_gradient(recipe, layout):
-    model = build(recipe, 3, rotary_layout=layout, is_causal=True)
+@pytest.mark.parametrize("encoding", [ROPE, ROPE | {"layout": "interleaved"}, None])
+def test_every_parameter_of_every_block_gets_a_gradient(recipe, encoding):
+    model = build(recipe, 3, encoding=encoding, is_causal=True)
     model(tokens())[..., 0].square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [
@@ -138,7 +139,7 @@ def test_tokens_without_targets_stay_finite(recipe):
 
 @recipes
 def test_positions_matter_only_relatively(recipe):
-    model, bare = build(recipe), build(recipe, rotary_layout=None)
+    model, bare = build(recipe), build(recipe, encoding=None)
     x, shifted = tokens(), torch.arange(N) + 100
     close = {"atol": 1e-6, "rtol": 0}
     torch.testing.assert_close(model(x, None, shifted), model(x), **close)
@@ -169,7 +170,12 @@ def test_copies_keep_manifolds_at_every_depth():
         ((C, 1, 0), {}, ShapeError, r"num_heads: expected a divisor of width=16, got 0; change"),
         ((C, 1, -4), {}, ShapeError, r"num_heads: expected a divisor of width=16, got -4; change"),
         ((C, 1, C), {}, ShapeError, r"head_width: expected an even number, got 1; rotations act on pairs, choose"),
-        ((C, 1, H), {"rotary_layout": "neox"}, ValueError, r"layout: expected one of .*, got 'neox'; it must"),
+        (
+            (C, 1, H),
+            {"encoding": {"module": "RotaryEncoding", "layout": "neox"}},
+            ValueError,
+            r"layout: expected one of .*, got 'neox'; it must",
+        ),
         ((C, 1, H, {"module": "X"}), {}, ValueError, r"attention.module: expected .*, got 'X'; name a module"),
         ((C, 1, H), {"dropout": 1.5}, ValueError, r"dropout: expected 0 ≤ dropout < 1, got 1.5; choose"),
     ],
@@ -178,7 +184,7 @@ def test_bad_settings(arguments, options, error, match):
     with pytest.raises(error, match=match):
         Transformer(*arguments, **options)
     if "head_width" in match:  # without positions any width will do
-        Transformer(*arguments, **options, rotary_layout=None)
+        Transformer(*arguments, **options, encoding=None)
 
 
 def test_bad_inputs():

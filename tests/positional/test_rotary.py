@@ -216,9 +216,9 @@ def test_bad_settings(make, error, match):
     [
         (
             torch.zeros(5, D),
-            torch.arange(5).float(),
+            torch.arange(5).half(),
             DtypeError,
-            r"positions: expected integers, got torch.float32; count",
+            r"positions: expected integers, float32 or float64 for RotaryEncoding, got torch.float16; half precision",
         ),
         (torch.zeros(5, D), torch.ones(5).bool(), DtypeError, r"positions: expected integers, got torch.bool; count"),
         (torch.zeros(5, D), torch.arange(4), ShapeError, r"positions: expected .*\(5,\), got \(4,\); one per token"),

@@ -1,0 +1,76 @@
+"""Rotations of feature pairs: what RoPE and its relatives do once the angles are known."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.errors import ShapeError
+from liegroup_attn.positional.base import RotationEncoding
+
+__all__ = ["LAYOUTS", "PairRotation", "turn_pairs"]
+
+LAYOUTS = ("half_split", "interleaved")
+
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turn every pair of features by its angle.
+
+    Args:
+        x: (..., N, D).
+        cos: broadcastable to (..., N, D/2).
+        sin: as ``cos``.
+        layout: "half_split" pairs i with i + D/2, "interleaved" 2i with 2i + 1.
+
+    Returns:
+        (..., N, D).
+    """
+    if layout == "half_split":
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+class PairRotation(RotationEncoding):
+    """Rotations in D/2 fixed planes, one for each feature pair; a subclass says by which angles.
+
+    Args:
+        head_width: D, even.
+        layout: which features form a pair: "half_split" pairs i with i + D/2, "interleaved" 2i with 2i + 1. Both are
+            in use; checkpoints do not say which.
+        num_heads: number of heads with angles of their own; None where heads share them.
+        axes: P, numbers a position has.
+
+    Raises:
+        ShapeError: odd width.
+        ValueError: unknown layout.
+    """
+
+    def __init__(self, head_width: int, *, layout: str, num_heads: int | None = None, axes: int = 1) -> None:
+        if head_width < 2 or head_width % 2:
+            raise ShapeError(
+                f"head_width: expected an even number, got {head_width}; rotations act on pairs, choose another number of heads"
+            )
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {LAYOUTS}, got {layout!r}; it must match the checkpoint's")
+        super().__init__(head_width, num_heads, axes)
+        self.layout = layout
+
+    @abstractmethod
+    def angles(self, coordinates: Tensor, x: Tensor) -> Tensor:
+        """Angles at coordinates (..., N, P): (..., N, D/2), or (..., H, N, D/2) for the heads of x."""
+
+    def act(self, x: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
+        angles = self.angles(coordinates, x)
+        return turn_pairs(x, angles.cos(), angles.sin(), self.layout)
+
+    def act_both(self, query: Tensor, key: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        if self.num_heads is not None:  # other angles for query heads than for fewer key heads
+            return super().act_both(query, key, coordinates)
+        angles = self.angles(coordinates, query)
+        cos, sin = angles.cos(), angles.sin()
+        first, second = (turn_pairs(x.to(cos.dtype), cos, sin, self.layout).to(x.dtype) for x in (query, key))
+        return first, second

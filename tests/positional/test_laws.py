@@ -1,0 +1,264 @@
+"""Axioms over the table of encodings: the relative law, orthogonality, shifts, offsets, no state, gradients, both mixings."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from positional_cases import CASES, C, D, H, N
+
+from liegroup_attn.nn import LieAttention, SoftmaxAttention, Transformer, build_encoding
+from liegroup_attn.positional import AbsoluteEncoding, BiasEncoding, RotationEncoding
+
+ROTATIONS = {name: case for name, case in CASES.items() if isinstance(case.build(), RotationEncoding)}
+BIASES = {name: case for name, case in CASES.items() if isinstance(case.build(), BiasEncoding)}
+every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+rotations = pytest.mark.parametrize("case", ROTATIONS.values(), ids=ROTATIONS.keys())
+biases = pytest.mark.parametrize("case", BIASES.values(), ids=BIASES.keys())
+
+
+def built(case):
+    """In float64, every parameter away from its start."""
+    torch.manual_seed(1)
+    encoding = case.build().double()
+    with torch.no_grad():
+        for parameter in encoding.parameters():
+            if not hasattr(parameter, "manifold"):
+                parameter += 0.3 * torch.randn_like(parameter)
+    return encoding
+
+
+def places(encoding, start: int = 0, tokens: int = N) -> torch.Tensor:
+    """Different positions on each axis, (N,) or (N, P)."""
+    along = torch.arange(start, start + tokens)
+    return along if encoding.axes == 1 else torch.stack([along * (p + 1) % 7 + start for p in range(encoding.axes)], -1)
+
+
+def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def applied(encoding, positions, tokens: slice = slice(None)):
+    """What the encoding does to fixed inputs at some of N tokens."""
+    if isinstance(encoding, AbsoluteEncoding):
+        return encoding(vectors(2, N, C)[:, tokens], positions)
+    query, key = vectors(2, H, N, D)[:, :, tokens], vectors(2, H, N, D, seed=1)[:, :, tokens]
+    if isinstance(encoding, RotationEncoding):
+        return torch.stack(encoding.rotate(query, key, positions))
+    return encoding(vectors(2, N, C, seed=2)[:, tokens], query, key, positions).expand(2, H, *[query.size(-2)] * 2)
+
+
+@rotations
+def test_the_relative_law_holds_where_it_is_claimed(case):
+    encoding = built(case)
+    assert encoding.relative == case.relative
+    x, y = places(encoding), places(encoding, 3).flip(0)
+    eye = torch.eye(D, dtype=torch.float64).unsqueeze(1).unsqueeze(1).expand(D, H, N, D)
+    # Columns of R(x) on queries and of its twin on keys; R(0) on the query's side leaves keys the difference.
+    queries, _ = encoding.rotate(eye, eye, x)
+    _, keys = encoding.rotate(eye, eye, y)
+    _, differences = encoding.rotate(eye, eye, y - x)
+    origin, _ = encoding.rotate(eye, eye, torch.zeros_like(x))
+    products = torch.einsum("ihnd,jhnd->hnij", queries, keys)
+    residual = (products - torch.einsum("ihnd,jhnd->hnij", origin, differences)).abs().max()
+    if case.relative:
+        assert residual <= 1e-10
+    else:
+        assert residual > 1e-3
+
+
+@rotations
+def test_what_acts_is_orthogonal_where_it_is_claimed(case):
+    encoding = built(case)
+    matrix = encoding.matrix(places(encoding))
+    eye = torch.eye(D, dtype=torch.float64)
+    residual = (matrix @ matrix.mT - eye).abs().max()
+    assert residual <= 1e-12 if case.orthogonal else residual > 1e-6
+    at_origin = encoding.matrix(torch.zeros_like(places(encoding)))
+    torch.testing.assert_close(at_origin, eye.expand_as(at_origin), atol=1e-12, rtol=0)
+
+
+@rotations
+def test_the_matrix_is_what_acts(case):
+    encoding, x = built(case), vectors(H, N, D)
+    positions = places(encoding, 5)
+    expected = (
+        torch.einsum("...nij,hnj->hni", encoding.matrix(positions), x)
+        if encoding.num_heads is None
+        else (torch.einsum("hnij,hnj->hni", encoding.matrix(positions), x))
+    )
+    torch.testing.assert_close(encoding(x, positions), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1, 37, 1000])
+@every
+def test_scores_are_shift_invariant_where_the_relative_law_is_claimed(case, shift):
+    encoding = built(case)
+    if isinstance(encoding, AbsoluteEncoding):
+        pytest.skip("absolute positions are added to tokens, not to scores")
+    start, moved = places(encoding), places(encoding) + shift
+    if isinstance(encoding, RotationEncoding):
+        scores = [q @ k.mT for q, k in (applied(encoding, at) for at in (start, moved))]
+    else:
+        scores = [applied(encoding, at) for at in (start, moved)]
+    difference = (scores[0] - scores[1]).abs().max()
+    assert difference <= 1e-9 if case.relative else difference > 1e-6
+
+
+@every
+def test_an_offset_is_a_slice_of_a_longer_run(case):
+    encoding = built(case)
+    whole, part = applied(encoding, places(encoding)), applied(encoding, places(encoding)[4:9], slice(4, 9))
+    if isinstance(encoding, BiasEncoding):
+        if encoding.contextual:
+            pytest.skip("what came before is part of the context")
+        whole = whole[..., 4:9, 4:9]
+    else:
+        whole = whole[..., 4:9, :]
+    torch.testing.assert_close(part, whole, atol=1e-12, rtol=0)
+
+
+@every
+def test_default_positions_count_from_0(case):
+    encoding = built(case)
+    if encoding.axes > 1:
+        with pytest.raises(ValueError, match=r"positions: expected \(..., N, \d\) for .*, got None; give them"):
+            applied(encoding, None)
+    else:
+        torch.testing.assert_close(applied(encoding, None), applied(encoding, torch.arange(N)), atol=0, rtol=0)
+
+
+@every
+def test_positions_may_differ_by_item(case):
+    encoding = built(case)
+    first, second = places(encoding), places(encoding, 4)
+    heads = 0 if isinstance(encoding, AbsoluteEncoding) else 1
+    both = torch.stack([first, second])
+    both = both if not heads else both.unsqueeze(1)
+    got = applied(encoding, both)
+    batch = 1 if isinstance(encoding, RotationEncoding) else 0
+    for item, at in enumerate((first, second)):
+        torch.testing.assert_close(
+            got.select(batch, item), applied(encoding, at).select(batch, item), atol=1e-12, rtol=0
+        )
+
+
+@every
+def test_nothing_is_kept_between_calls(case):
+    encoding = built(case)
+    before = applied(encoding, places(encoding))
+    state = {name: tensor.clone() for name, tensor in encoding.state_dict().items()}
+    applied(encoding, places(encoding, 20))
+    assert torch.equal(applied(encoding, places(encoding)), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoding.state_dict().items())
+    assert torch.equal(applied(copy.deepcopy(encoding), places(encoding)), before)
+
+
+@every
+def test_half_precision_modules_keep_positions_apart(case):
+    """As after .to(bf16) or bf16-true: parameters are rounded, positions are not."""
+    half = built(case).to(torch.bfloat16)
+    wide = copy.deepcopy(half).double()
+    far = 40 if isinstance(half, AbsoluteEncoding) and not half.fractional else 4000
+    at = places(half, far)
+    got, golden = applied(half, at), applied(wide, at)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, golden, atol=1e-9, rtol=0)
+
+
+@every
+def test_every_parameter_gets_a_gradient(case):
+    encoding = case.build()
+    got = applied(encoding, places(encoding)).to(torch.float32)
+    if not list(encoding.parameters()):
+        pytest.skip("no parameters")
+    (got * vectors(*got.shape, seed=3)).sum().backward()
+    for name, parameter in encoding.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("wrong", ["half", "bool", "shape"])
+@every
+def test_bad_positions(case, wrong):
+    encoding = built(case)
+    at = places(encoding)
+    bad = {"half": at.to(torch.bfloat16), "bool": at.bool(), "shape": at[:-1]}[wrong]
+    with pytest.raises(ValueError, match=r"^positions: expected .*, got .*; \w+"):
+        applied(encoding, bad)
+
+
+@pytest.mark.parametrize("where", ["fraction", "negative"])
+@every
+def test_positions_that_mean_nothing_are_refused(case, where):
+    encoding = built(case)
+    at = places(encoding) + 0.5 if where == "fraction" else places(encoding) - 3
+    meant = encoding.fractional if where == "fraction" else encoding.negative
+    if meant:
+        assert applied(encoding, at).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=r"^positions: expected .* for .*, got .*; \w+"):
+            applied(encoding, at)
+
+
+MIXINGS = {
+    "softmax": (SoftmaxAttention, {}),
+    "exp": (LieAttention, {"time": 1.5}),
+    "first hop + exponential": (LieAttention, {"first_hop": True}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), MIXINGS.values(), ids=MIXINGS.keys())
+@every
+def test_any_encoding_goes_under_any_mixing(case, kind, options):
+    encoding = case.build()
+    if isinstance(encoding, AbsoluteEncoding):
+        pytest.skip("acts before the first layer")
+    layer = kind(C, H, is_causal=True, encoding=encoding, **options)
+    x, at = vectors(2, N, C).float(), places(encoding)
+    matrix = layer.mixing_matrix(x, positions=at)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, H, N), atol=1e-5, rtol=0)
+    assert matrix.triu(1).abs().max() == 0
+    bare = kind(C, H, is_causal=True, **options)
+    bare.load_state_dict(layer.state_dict(), strict=False)
+    assert (bare.mixing_matrix(x) - matrix).abs().max() > 1e-4
+
+
+@biases
+def test_a_bias_may_stand_for_rates(case):
+    layer = LieAttention(C, H, is_causal=True, encoding=case.build(), bias_as="rates")
+    x = vectors(2, N, C).float()
+    matrix = layer.mixing_matrix(x)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, H, N), atol=1e-5, rtol=0)
+    assert matrix.triu(1).abs().max() == 0
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@every
+def test_a_recipe_says_it(case):
+    torch.manual_seed(4)
+    own = case.build()
+    torch.manual_seed(4)
+    named = build_encoding(case.recipe, C, H, is_causal=True)
+    assert type(named) is type(own)
+    assert repr(named) == repr(own)
+    for theirs, ours in zip(named.parameters(), own.parameters(), strict=True):
+        assert theirs.shape == ours.shape
+
+
+@every
+@torch.no_grad()
+def test_a_transformer_decodes_as_it_reads(case):
+    encoding = case.build()
+    recipe = {"module": "LieAttention", "first_hop": True}
+    model = Transformer(C, 2, H, recipe, is_causal=True, encoding=case.recipe).double()
+    x = vectors(1, 6, C)
+    if encoding.axes > 1 or not model.can_cache:
+        pytest.skip("positions that a cache cannot count")
+    whole = model(x)
+    cache = model.new_cache(1, 6)
+    parts = [model(x[:, :4], cache=cache), model(x[:, 4:5], cache=cache), model(x[:, 5:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-9, rtol=0)
