@@ -1,6 +1,7 @@
 """How a position acts: on tokens, on queries and keys, or on the scores. One encoding, one file."""
 
 from liegroup_attn.positional.alibi import ALiBi
+from liegroup_attn.positional.axial import AxialRotary
 from liegroup_attn.positional.base import (
     AbsoluteEncoding,
     BiasEncoding,
@@ -8,21 +9,39 @@ from liegroup_attn.positional.base import (
     RotationEncoding,
     grid_positions,
 )
+from liegroup_attn.positional.forms import complex_form, exponential_form, rotation_form, skew_generator
 from liegroup_attn.positional.learned import LearnedEncoding
-from liegroup_attn.positional.pairs import PairRotation, turn_pairs
+from liegroup_attn.positional.mixed import MixedRotary
+from liegroup_attn.positional.pairs import PairRotation, convert_layout, turn_pairs
 from liegroup_attn.positional.rotary import RotaryEncoding
+from liegroup_attn.positional.scaling import DynamicNTK, FrequencyScaling, LinearScaling, Llama3Scaling, LongRoPE, YaRN
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
+from liegroup_attn.positional.xpos import XPos
 
 __all__ = [
     "ALiBi",
     "AbsoluteEncoding",
+    "AxialRotary",
     "BiasEncoding",
+    "DynamicNTK",
+    "FrequencyScaling",
     "LearnedEncoding",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPE",
+    "MixedRotary",
     "PairRotation",
     "PositionalEncoding",
     "RotaryEncoding",
     "RotationEncoding",
     "SinusoidalEncoding",
+    "XPos",
+    "YaRN",
+    "complex_form",
+    "convert_layout",
+    "exponential_form",
     "grid_positions",
+    "rotation_form",
+    "skew_generator",
     "turn_pairs",
 ]

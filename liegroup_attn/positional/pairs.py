@@ -10,7 +10,7 @@ from torch import Tensor
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import RotationEncoding
 
-__all__ = ["LAYOUTS", "PairRotation", "turn_pairs"]
+__all__ = ["LAYOUTS", "PairRotation", "convert_layout", "turn_pairs"]
 
 LAYOUTS = ("half_split", "interleaved")
 
@@ -32,6 +32,55 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def convert_layout(
+    features: Tensor, *, head_width: int, source: str, target: str, rotary_width: int | None = None
+) -> Tensor:
+    """Reorder what makes queries or keys, so that a checkpoint of one layout gives the same scores under the other.
+
+    Args:
+        features: a projection's weight (H·D, C) or bias (H·D,).
+        head_width: D.
+        source: layout it was trained with.
+        target: layout it will be used with.
+        rotary_width: how many of a head's features turn; default all.
+
+    Returns:
+        The shape of ``features``, rows permuted within each head.
+
+    Raises:
+        ShapeError: rows that are not whole heads, or an odd or too large ``rotary_width``.
+        ValueError: unknown layout.
+
+    Example:
+        >>> convert_layout(torch.arange(4), head_width=4, source="interleaved", target="half_split").tolist()
+        [0, 2, 1, 3]
+    """
+    for name, layout in (("source", source), ("target", target)):
+        if layout not in LAYOUTS:
+            raise ValueError(f"{name}: expected one of {LAYOUTS}, got {layout!r}; it must match the checkpoint's")
+    width = check_rotary_width(rotary_width, head_width)
+    if features.dim() < 1 or features.size(0) % head_width:
+        raise ShapeError(
+            f"features: expected a multiple of {head_width} rows, got shape {tuple(features.shape)}; match head_width"
+        )
+    if source == target:
+        return features.clone()
+    order = torch.arange(width, device=features.device)
+    shape = (2, width // 2) if source == "half_split" else (width // 2, 2)
+    order = torch.cat([order.view(shape).mT.flatten(), torch.arange(width, head_width, device=features.device)])
+    return features.unflatten(0, (-1, head_width))[:, order].flatten(0, 1)
+
+
+def check_rotary_width(rotary_width: int | None, head_width: int) -> int:
+    """How many features turn; ShapeError unless even and from 2 to ``head_width``."""
+    width = head_width if rotary_width is None else rotary_width
+    if width < 2 or width % 2 or width > head_width:
+        raise ShapeError(
+            f"rotary_width: expected an even number ≤ head_width = {head_width}, got {width}; rotations act on pairs"
+        )
+    return width
 
 
 class PairRotation(RotationEncoding):
@@ -64,13 +113,20 @@ class PairRotation(RotationEncoding):
         """Angles at coordinates (..., N, P): (..., N, D/2), or (..., H, N, D/2) for the heads of x."""
 
     def act(self, x: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
+        return self.turn(x, *self.cos_sin(coordinates, x))
+
+    def cos_sin(self, coordinates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles; overridden where an amplitude multiplies both."""
         angles = self.angles(coordinates, x)
-        return turn_pairs(x, angles.cos(), angles.sin(), self.layout)
+        return angles.cos(), angles.sin()
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn the pairs of x; overridden where some features pass."""
+        return turn_pairs(x, cos, sin, self.layout)
 
     def act_both(self, query: Tensor, key: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         if self.num_heads is not None:  # other angles for query heads than for fewer key heads
             return super().act_both(query, key, coordinates)
-        angles = self.angles(coordinates, query)
-        cos, sin = angles.cos(), angles.sin()
-        first, second = (turn_pairs(x.to(cos.dtype), cos, sin, self.layout).to(x.dtype) for x in (query, key))
+        cos, sin = self.cos_sin(coordinates, query)
+        first, second = (self.turn(x.to(cos.dtype), cos, sin).to(x.dtype) for x in (query, key))
         return first, second

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.positional.pairs import PairRotation
+from liegroup_attn.positional.pairs import PairRotation, check_rotary_width
+from liegroup_attn.positional.scaling import FrequencyScaling
 
 __all__ = ["RotaryEncoding"]
 
@@ -21,9 +22,12 @@ class RotaryEncoding(PairRotation):
         layout: which features form a pair: "half_split" pairs i with i + D/2, "interleaved" 2i with 2i + 1. Both are
             in use; checkpoints do not say which.
         base: of the frequencies.
+        rotary_width: r, even: the first r features of a head turn, paired among themselves, the others pass; default D.
+        scaling: of the frequencies, for sequences longer than those trained on. Where it looks at the longest position
+            of a call (``DynamicNTK``, ``LongRoPE``), keys in a cache stay turned as they were when written.
 
     Raises:
-        ShapeError: odd width.
+        ShapeError: odd width, or ``rotary_width`` beyond the head.
         ValueError: unknown layout.
 
     Example:
@@ -34,13 +38,43 @@ class RotaryEncoding(PairRotation):
     Source: [Su2021]_.
     """
 
-    def __init__(self, head_width: int, *, layout: str, base: float = 10_000.0) -> None:
+    def __init__(
+        self,
+        head_width: int,
+        *,
+        layout: str,
+        base: float = 10_000.0,
+        rotary_width: int | None = None,
+        scaling: FrequencyScaling | None = None,
+    ) -> None:
         super().__init__(head_width, layout=layout)
         self.base = base
+        self.rotary_width = check_rotary_width(rotary_width, head_width)
+        self.scaling = scaling
+        self.relative = scaling is None or scaling.fixed
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"{self.head_width}, layout={self.layout!r}, base={self.base:g}"
+        partial = "" if self.rotary_width == self.head_width else f", rotary_width={self.rotary_width}"
+        scaled = "" if self.scaling is None else f", scaling={self.scaling}"
+        return f"{self.head_width}, layout={self.layout!r}, base={self.base:g}{partial}{scaled}"
 
     def angles(self, coordinates: Tensor, x: Tensor) -> Tensor:  # noqa: D102
-        pair = torch.arange(0, self.head_width, 2, device=x.device, dtype=coordinates.dtype)
-        return coordinates * self.base ** (-pair / self.head_width)  # (..., N, D/2)
+        return self._angles(coordinates)[0]
+
+    def cos_sin(self, coordinates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        angles, factor = self._angles(coordinates)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: D102
+        r = self.rotary_width
+        if r == self.head_width:
+            return super().turn(x, cos, sin)
+        return torch.cat([super().turn(x[..., :r], cos, sin), x[..., r:]], -1)
+
+    def _angles(self, coordinates: Tensor) -> tuple[Tensor, float]:
+        pair = torch.arange(0, self.rotary_width, 2, device=coordinates.device, dtype=coordinates.dtype)
+        frequencies, factor = self.base ** (-pair / self.rotary_width), 1.0
+        if self.scaling is not None:
+            frequencies, factor = self.scaling.frequencies(frequencies, self.base, coordinates.amax(-2, keepdim=True))
+        return coordinates * frequencies, factor  # (..., N, r/2)

@@ -5,10 +5,18 @@ from typing import Any, NamedTuple
 
 from liegroup_attn.positional import (
     ALiBi,
+    AxialRotary,
+    DynamicNTK,
     LearnedEncoding,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPE,
+    MixedRotary,
     PositionalEncoding,
     RotaryEncoding,
     SinusoidalEncoding,
+    XPos,
+    YaRN,
 )
 
 C, H, D, N = 16, 2, 8, 12  # model width, heads, head width, tokens
@@ -35,6 +43,102 @@ CASES = {
     "rotary interleaved": Case(
         lambda: RotaryEncoding(D, layout="interleaved", base=500.0),
         recipe={"module": "RotaryEncoding", "layout": "interleaved", "base": 500.0},
+    ),
+    "rotary partial": Case(
+        lambda: RotaryEncoding(D, layout="half_split", rotary_width=4),
+        recipe={"module": "RotaryEncoding", "layout": "half_split", "rotary_width": 4},
+    ),
+    "rotary linear": Case(
+        lambda: RotaryEncoding(D, layout="half_split", scaling=LinearScaling(factor=4.0)),
+        recipe={
+            "module": "RotaryEncoding",
+            "layout": "half_split",
+            "scaling": {"module": "LinearScaling", "factor": 4.0},
+        },
+    ),
+    "rotary dynamic": Case(
+        lambda: RotaryEncoding(D, layout="half_split", scaling=DynamicNTK(factor=4.0, original_length=N)),
+        relative=False,  # only within a call: beyond the original length, frequencies change
+        recipe={
+            "module": "RotaryEncoding",
+            "layout": "half_split",
+            "scaling": {"module": "DynamicNTK", "factor": 4.0, "original_length": N},
+        },
+    ),
+    "rotary yarn": Case(
+        lambda: RotaryEncoding(
+            D, layout="half_split", scaling=YaRN(factor=4.0, original_length=2048, attention_factor=1.0)
+        ),
+        recipe={
+            "module": "RotaryEncoding",
+            "layout": "half_split",
+            "scaling": {"module": "YaRN", "factor": 4.0, "original_length": 2048, "attention_factor": 1.0},
+        },
+    ),
+    "rotary longrope": Case(
+        lambda: RotaryEncoding(
+            D,
+            layout="half_split",
+            scaling=LongRoPE(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0], original_length=N),
+        ),
+        relative=False,  # only within a call: beyond the original length, frequencies change
+        recipe={
+            "module": "RotaryEncoding",
+            "layout": "half_split",
+            "scaling": {
+                "module": "LongRoPE",
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+                "original_length": N,
+            },
+        },
+    ),
+    "rotary llama3": Case(
+        lambda: RotaryEncoding(
+            D,
+            layout="half_split",
+            scaling=Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64),
+        ),
+        recipe={
+            "module": "RotaryEncoding",
+            "layout": "half_split",
+            "scaling": {
+                "module": "Llama3Scaling",
+                "factor": 8.0,
+                "low_frequency_factor": 1.0,
+                "high_frequency_factor": 4.0,
+                "original_length": 64,
+            },
+        },
+    ),
+    "axial 1-D": Case(
+        lambda: AxialRotary(D, layout="half_split", axes=1),
+        recipe={"module": "AxialRotary", "layout": "half_split", "axes": 1},
+    ),
+    "axial 2-D": Case(
+        lambda: AxialRotary(D, layout="half_split", axes=2),
+        recipe={"module": "AxialRotary", "layout": "half_split", "axes": 2},
+    ),
+    "axial 4-D": Case(
+        lambda: AxialRotary(D, layout="half_split", axes=4),
+        recipe={"module": "AxialRotary", "layout": "half_split", "axes": 4},
+    ),
+    "mixed 1-D": Case(
+        lambda: MixedRotary(D, H, layout="half_split", axes=1),
+        recipe={"module": "MixedRotary", "layout": "half_split", "axes": 1},
+    ),
+    "mixed 2-D": Case(
+        lambda: MixedRotary(D, H, layout="half_split", axes=2),
+        recipe={"module": "MixedRotary", "layout": "half_split", "axes": 2},
+    ),
+    "mixed 3-D": Case(
+        lambda: MixedRotary(D, H, layout="half_split", axes=3),
+        recipe={"module": "MixedRotary", "layout": "half_split", "axes": 3},
+    ),
+    "xpos": Case(
+        lambda: XPos(D, layout="half_split"),
+        orthogonal=False,
+        recipe={"module": "XPos", "layout": "half_split"},
     ),
     "alibi": Case(lambda: ALiBi(H), recipe={"module": "ALiBi"}),
 }
