@@ -47,11 +47,11 @@ class BlockExponential(HeadRotation):
         return f"{super().extra_repr()}, block={self.block}"
 
     @abstractmethod
-    def generators(self) -> Tensor:
-        """A_p, (H, P, D/b, b, b)."""
+    def generators(self, dtype: torch.dtype) -> Tensor:
+        """A_p, (H, P, D/b, b, b), computed in some dtype; half precision would round products of parameters."""
 
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        generators = self.generators().to(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
+        generators = self.generators(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
         return (expm(torch.einsum("...np,...pkij->...nkij", coordinates, generators)),)
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102
@@ -60,9 +60,10 @@ class BlockExponential(HeadRotation):
         parts = x.unflatten(-1, (self.num_blocks, self.block))
         return torch.einsum("...nkij,...nkj->...nki", rotations, parts).flatten(-2)
 
+    @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:
         """See the base. Where the generators commute, those of a block are multiples of one: the largest has the planes."""
-        generators = self.generators().double()
+        generators = self.generators(torch.float64)
         largest = generators.square().sum((-2, -1)).argmax(1)  # (H, D/b)
         pairs = self.head_width // 2
         basis = generators.new_zeros(self.num_heads, self.head_width, self.head_width)
@@ -70,7 +71,9 @@ class BlockExponential(HeadRotation):
             first, second, still = [], [], []
             for k in range(self.num_blocks):
                 rows = slice(k * self.block, (k + 1) * self.block)
-                *plane, rest = (_embedded(c, rows, self.head_width) for c in _planes(generators[head, largest[head, k], k]))
+                *plane, rest = (
+                    _embedded(c, rows, self.head_width) for c in _planes(generators[head, largest[head, k], k])
+                )
                 first.append(plane[0])
                 second.append(plane[1])
                 still.append(rest)

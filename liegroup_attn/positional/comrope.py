@@ -30,7 +30,7 @@ class AxialBlocks(BlockExponential):
         ValueError: base ≤ 0.
 
     Example:
-        >>> AxialBlocks(8, 2, axes=2, block=4).generators().shape
+        >>> AxialBlocks(8, 2, axes=2, block=4).generators(torch.float32).shape
         torch.Size([2, 2, 2, 4, 4])
 
     Source: [Yu2025]_.
@@ -49,8 +49,8 @@ class AxialBlocks(BlockExponential):
         each = frequencies.squeeze(-1).unflatten(-1, (rounds, -1)).repeat_interleave(axes, 1)[:, : self.num_blocks]
         self.entries = nn.Parameter(start_entries(each, block))  # (H, D/b, b(b − 1)/2)
 
-    def generators(self) -> Tensor:  # noqa: D102
-        blocks = skew_blocks(self.entries, self.block).unsqueeze(1)  # (H, 1, D/b, b, b)
+    def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        blocks = skew_blocks(self.entries.to(dtype), self.block).unsqueeze(1)  # (H, 1, D/b, b, b)
         place = torch.arange(self.num_blocks, device=blocks.device) % self.axes
         belongs = place == torch.arange(self.axes, device=blocks.device).unsqueeze(-1)  # (P, D/b)
         return blocks * belongs[..., None, None]
@@ -74,7 +74,7 @@ class DependentBlocks(BlockExponential):
         ValueError: base ≤ 0.
 
     Example:
-        >>> DependentBlocks(8, 2, axes=2, block=4).generators().shape
+        >>> DependentBlocks(8, 2, axes=2, block=4).generators(torch.float32).shape
         torch.Size([2, 2, 2, 4, 4])
 
     Source: [Yu2025]_.
@@ -86,7 +86,9 @@ class DependentBlocks(BlockExponential):
         super().__init__(head_width, num_heads, axes, block)
         frequencies = start_frequencies(num_heads, self.num_blocks * (block // 2), 1, base).squeeze(-1)
         self.entries = nn.Parameter(start_entries(frequencies.unflatten(-1, (self.num_blocks, -1)), block))
-        self.factors = nn.Parameter(start_frequencies(num_heads, self.num_blocks, axes, 1.0).mT.contiguous())  # (H, P, D/b)
+        self.factors = nn.Parameter(
+            start_frequencies(num_heads, self.num_blocks, axes, 1.0).mT.contiguous()
+        )  # (H, P, D/b)
 
-    def generators(self) -> Tensor:  # noqa: D102
-        return self.factors[..., None, None] * skew_blocks(self.entries, self.block).unsqueeze(1)
+    def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return self.factors.to(dtype)[..., None, None] * skew_blocks(self.entries.to(dtype), self.block).unsqueeze(1)

@@ -78,11 +78,9 @@ class HeadRotation(RotationEncoding):
                 f"fold: expected generators that commute, got {type(self).__name__}({self.extra_repr()}); positions share no "
                 "planes, keep it as it is or train AxialBlocks or DependentBlocks"
             )
-        with torch.no_grad():
-            basis, frequencies = self.planes()
-            own = next(self.parameters())
-            wide = torch.promote_types(own.dtype, torch.float32)
-            return basis, FoldedRotary(frequencies.to(own.device, wide))
+        basis, frequencies = self.planes()
+        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        return basis, FoldedRotary(frequencies.to(wide))
 
     def act(self, x: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
         return self._turned(x, self.prepare(self._grouped(coordinates, x.size(-3))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from liegroup_attn.positional.blocks import BlockExponential, skew_blocks, start_entries
@@ -46,5 +47,5 @@ class LieRotary(BlockExponential):
         by_axis = frequencies.mT.unflatten(-1, (self.num_blocks, -1))  # (H, P, D/b, b // 2)
         self.entries = nn.Parameter(start_entries(by_axis, block))
 
-    def generators(self) -> Tensor:  # noqa: D102
-        return skew_blocks(self.entries, self.block)
+    def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
+        return skew_blocks(self.entries.to(dtype), self.block)

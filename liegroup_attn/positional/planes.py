@@ -26,8 +26,8 @@ class PlaneRotary(HeadRotation):
     R(x)q = q + Σ_k [(cos ω_k·x − 1)(a_k a_kᵀ + b_k b_kᵀ) + sin(ω_k·x)(b_k a_kᵀ − a_k b_kᵀ)] q. R(x)ᵀR(y) = R(y − x)
     holds, as orthogonal planes commute.
 
-    The frame is a point of geoopt's Stiefel manifold, which optimizers of this library keep there. R is made from the
-    orthonormal frame next to it, so that neither a step of another optimizer nor half precision makes R no rotation.
+    The frame is a point of geoopt's Stiefel manifold, where the library's optimizers keep it. R is made from the
+    orthonormal frame next to it, so that it is a rotation in half precision, too.
 
     Args:
         head_width: D, even.
@@ -75,8 +75,9 @@ class PlaneRotary(HeadRotation):
         change = turn_pairs(inside, cos, sin, "half_split") - inside
         return x + torch.einsum("...hgne,hde->...hgnd", change, frame)
 
+    @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        frame = _orthonormal(self.frame.detach().as_subclass(Tensor).double())
+        frame = _orthonormal(self.frame.as_subclass(Tensor).double())
         left = torch.linalg.qr(frame, mode="complete").Q[..., 2 * self.num_planes :]
         (first, second), (third, fourth) = frame.chunk(2, -1), left.tensor_split(2, -1)
         rest = self.head_width // 2 - self.num_planes
@@ -104,8 +105,8 @@ def rodrigues(x: Tensor, a: Tensor, b: Tensor, position: Tensor | float = 1.0) -
 
     Example:
         >>> e1, e2 = torch.eye(2)
-        >>> rodrigues(e1, e2, e1, math.pi / 2)
-        tensor([-4.3711e-08,  1.0000e+00])
+        >>> rodrigues(e1, e2, e1, 1.0)
+        tensor([0.5403, 0.8415])
 
     Source: [Zhang2026]_.
     """
@@ -120,7 +121,11 @@ def rodrigues(x: Tensor, a: Tensor, b: Tensor, position: Tensor | float = 1.0) -
         area = _dot(a, a) * _dot(b, b) - _dot(a, b).square()  # s²
         once = a * _dot(b, x) - b * _dot(a, x)
         twice = a * _dot(b, once) - b * _dot(a, once)
-        return x + time * _sinc(area * time.square()) * once + time.square() / 2 * _sinc(area * time.square() / 4).square() * twice
+        return (
+            x
+            + time * _sinc(area * time.square()) * once
+            + time.square() / 2 * _sinc(area * time.square() / 4).square() * twice
+        )
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

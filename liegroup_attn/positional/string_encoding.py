@@ -17,8 +17,8 @@ class CayleyString(HeadRotation):
     """R(x) = P RoPE(x·f) Pᵀ with learned frequencies f and P = (I + S)⁻¹(I − S), the Cayley transform of a learned skew S.
 
     R(x)ᵀR(y) = R(y − x) holds: all generators have the planes of P. S starts at 0, f at RoPE's frequencies (in random
-    directions on several axes): on one axis it starts as RoPE in the layout "half_split". O(D²) a token, like a
-    projection; ``fold`` leaves O(D).
+    directions on several axes): on one axis it starts as RoPE in the layout "half_split". Turns of a plane in itself change
+    nothing, so D/2 directions of S are idle. O(D²) a token, like a projection; ``fold`` leaves O(D).
 
     Args:
         head_width: D, even.
@@ -41,7 +41,9 @@ class CayleyString(HeadRotation):
     def __init__(self, head_width: int, num_heads: int, *, axes: int = 1, base: float = 10_000.0) -> None:
         super().__init__(head_width, num_heads, axes)
         self.frequencies = nn.Parameter(start_frequencies(num_heads, head_width // 2, axes, base))
-        self.entries = nn.Parameter(torch.zeros(num_heads, head_width * (head_width - 1) // 2))  # of S, below the diagonal
+        self.entries = nn.Parameter(
+            torch.zeros(num_heads, head_width * (head_width - 1) // 2)
+        )  # of S, below the diagonal
 
     def basis(self, dtype: torch.dtype) -> Tensor:
         """P, (H, D, D)."""
@@ -58,6 +60,7 @@ class CayleyString(HeadRotation):
         inside = _times(x, basis)  # Pᵀx, for rows
         return _times(turn_pairs(inside, cos, sin, "half_split"), basis.mT)
 
+    @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         return self.basis(torch.float64), self.frequencies.double()
 
@@ -109,6 +112,7 @@ class CirculantString(HeadRotation):
         (phases,) = prepared
         return torch.fft.irfft(torch.fft.rfft(x) * phases, n=self.head_width)
 
+    @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:
         """See the base: cosines and sines of the Fourier basis; what never turns comes last."""
         width = self.head_width
