@@ -10,12 +10,14 @@ from torch import Tensor
 from liegroup_attn.algebra import expm
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import check_sizes
-from liegroup_attn.positional.heads import HeadRotation
+from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal
 
 __all__ = ["BlockExponential", "skew_blocks", "start_entries"]
 
 # Of the largest frequency of a matrix: planes that turn slower are looked for among themselves, where they are large.
 _SLOW = 1e-3
+# Squaring loses digits with distance: of float32 rotations at position 100 000 two are left, and orthogonality with them.
+_STEPS = 2
 
 
 class BlockExponential(HeadRotation):
@@ -52,7 +54,8 @@ class BlockExponential(HeadRotation):
 
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         generators = self.generators(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
-        return (expm(torch.einsum("...np,...pkij->...nkij", coordinates, generators)),)
+        rotations = expm(torch.einsum("...np,...pkij->...nkij", coordinates, generators))
+        return (nearest_orthonormal(rotations, _STEPS),)
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102
         (rotations,) = prepared  # (..., H, 1, N, D/b, b, b)

@@ -11,7 +11,7 @@ from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import RotationEncoding, check_sizes
 from liegroup_attn.positional.pairs import PairRotation
 
-__all__ = ["FoldedRotary", "HeadRotation", "start_frequencies"]
+__all__ = ["FoldedRotary", "HeadRotation", "nearest_orthonormal", "start_frequencies"]
 
 
 class HeadRotation(RotationEncoding):
@@ -146,3 +146,11 @@ def start_frequencies(num_heads: int, pairs: int, axes: int, base: float) -> Ten
     directions = torch.ones(num_heads, pairs, 1) if axes == 1 else torch.randn(num_heads, pairs, axes)
     directions = nn.functional.normalize(directions, dim=-1)
     return (size[:, None] * directions).to(torch.get_default_dtype())
+
+
+def nearest_orthonormal(frame: Tensor, steps: int) -> Tensor:
+    """The orthonormal columns next to (..., n, p) that are nearly so, by Newton and Schulz: a distance ε becomes 3ε²/2."""
+    eye = torch.eye(frame.size(-1), dtype=frame.dtype, device=frame.device)
+    for _ in range(steps):
+        frame = frame @ (3 * eye - frame.mT @ frame) / 2
+    return frame

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from liegroup_attn.errors import ShapeError, check_shape
 from liegroup_attn.manifolds import Stiefel, hold
 from liegroup_attn.positional.base import check_sizes
-from liegroup_attn.positional.heads import HeadRotation, start_frequencies
+from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal, start_frequencies
 from liegroup_attn.positional.pairs import turn_pairs
 
 __all__ = ["PlaneRotary", "rodrigues"]
 
 _TERMS = 10  # of the series up to s² = 1: the next is below 1e-19
-_STEPS = 3  # of Newton and Schulz: an error of 1e-2, as half precision leaves, becomes one below 1e-15
+_STEPS = 3  # for a frame in half precision, 1e-2 from orthonormal
 
 
 class PlaneRotary(HeadRotation):
@@ -67,7 +67,7 @@ class PlaneRotary(HeadRotation):
 
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         angles = coordinates @ self.frequencies.to(coordinates.dtype).mT.unsqueeze(1)  # (..., H, 1, N, K)
-        return _orthonormal(self.frame.to(coordinates.dtype)), angles.cos(), angles.sin()
+        return nearest_orthonormal(self.frame.to(coordinates.dtype), _STEPS), angles.cos(), angles.sin()
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102
         frame, cos, sin = prepared
@@ -77,7 +77,7 @@ class PlaneRotary(HeadRotation):
 
     @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        frame = _orthonormal(self.frame.as_subclass(Tensor).double())
+        frame = nearest_orthonormal(self.frame.as_subclass(Tensor).double(), _STEPS)
         left = torch.linalg.qr(frame, mode="complete").Q[..., 2 * self.num_planes :]
         (first, second), (third, fourth) = frame.chunk(2, -1), left.tensor_split(2, -1)
         rest = self.head_width // 2 - self.num_planes
@@ -141,11 +141,3 @@ def _sinc(square: Tensor) -> Tensor:
     for k in reversed(range(_TERMS)):
         series = series * small + (-1) ** k / math.factorial(2 * k + 1)
     return torch.where(near, series, root.sin() / root)
-
-
-def _orthonormal(frame: Tensor) -> Tensor:
-    """The orthonormal frame next to one that is nearly so, by Newton and Schulz; an orthonormal one stays."""
-    eye = torch.eye(frame.size(-1), dtype=frame.dtype, device=frame.device)
-    for _ in range(_STEPS):
-        frame = frame @ (3 * eye - frame.mT @ frame) / 2
-    return frame

@@ -285,6 +285,15 @@ def test_one_learned_circulant_is_many_frequencies():
     np.testing.assert_allclose(golden.real, 0, atol=1e-12)
 
 
+@every
+def test_float32_rotations_far_away_are_rotations(build):
+    encoding = build()
+    far = torch.full((1,) if encoding.axes == 1 else (1, encoding.axes), 100_000)
+    columns = torch.eye(D).view(D, 1, 1, D).expand(D, H, 1, D)
+    turned = encoding(columns, far).detach().squeeze(-2).transpose(0, 1)  # (H, D, D)
+    assert (turned @ turned.mT - torch.eye(D)).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_frame_is_orthonormal_in_half_precision_too(dtype):
     half = learned(BUILD["planes, full"]).to(dtype)
