@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -11,20 +9,23 @@ from liegroup_attn.algebra import expm
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal
+from liegroup_attn.positional.one_parameter import one_parameter_rotations
 
 __all__ = ["BlockExponential", "skew_blocks", "start_entries"]
 
 # Of the largest frequency of a matrix: planes that turn slower are looked for among themselves, where they are large.
 _SLOW = 1e-3
-# Squaring loses digits with distance: of float32 rotations at position 100 000 two are left, and orthogonality with them.
+# Squaring loses digits with distance: float32 exponentials at position 100 000 are only 2e-2 near to orthogonal.
 _STEPS = 2
 
 
 class BlockExponential(HeadRotation):
     """R(x) = exp(Σ_p x_p A_p), A_p skew-symmetric and block-diagonal; a subclass says by which A_p.
 
-    Exponentials are made per key head, position and block, (H, N, D/b, b, b), once for queries and keys and without a
-    batch where positions have none; they cost O(b³) each. R(x)ᵀR(y) = R(y − x) holds iff the A_p commute.
+    Rotations are made per key head, position and block, (H, N, D/b, b, b), once for queries and keys and without a batch
+    where positions have none; O(b³) each. R(x)ᵀR(y) = R(y − x) holds iff the A_p commute. In every block they are then
+    multiples of one A here, and one eigendecomposition of A serves all positions (differentiable once); if not, every
+    position costs an exponential, far more.
 
     Args:
         head_width: D, even.
@@ -48,11 +49,23 @@ class BlockExponential(HeadRotation):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, block={self.block}"
 
-    @abstractmethod
+    def multiples(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where the A_p commute: θ, (H, P, D/b), and A, (H, D/b, b, b), with A_p = θ_p A in every block.
+
+        Computed in the given dtype: half precision would round products of parameters.
+        """
+        raise NotImplementedError
+
     def generators(self, dtype: torch.dtype) -> Tensor:
-        """A_p, (H, P, D/b, b, b), computed in some dtype; half precision would round products of parameters."""
+        """A_p, (H, P, D/b, b, b)."""
+        factors, common = self.multiples(dtype)
+        return factors[..., None, None] * common.unsqueeze(1)
 
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        if self.relative:
+            factors, common = self.multiples(coordinates.dtype)
+            times = coordinates @ factors.unsqueeze(1)  # (..., H, 1, N, D/b)
+            return (one_parameter_rotations(common[:, None, None], times),)
         generators = self.generators(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
         rotations = expm(torch.einsum("...np,...pkij->...nkij", coordinates, generators))
         return (nearest_orthonormal(rotations, _STEPS),)
@@ -65,25 +78,23 @@ class BlockExponential(HeadRotation):
 
     @torch.no_grad()
     def planes(self) -> tuple[Tensor, Tensor]:
-        """See the base. Where the generators commute, those of a block are multiples of one: the largest has the planes."""
-        generators = self.generators(torch.float64)
-        largest = generators.square().sum((-2, -1)).argmax(1)  # (H, D/b)
+        """See the base."""
+        factors, common = self.multiples(torch.float64)
         pairs = self.head_width // 2
-        basis = generators.new_zeros(self.num_heads, self.head_width, self.head_width)
+        basis = common.new_zeros(self.num_heads, self.head_width, self.head_width)
         for head in range(self.num_heads):
             first, second, still = [], [], []
             for k in range(self.num_blocks):
                 rows = slice(k * self.block, (k + 1) * self.block)
-                *plane, rest = (
-                    _embedded(c, rows, self.head_width) for c in _planes(generators[head, largest[head, k], k])
-                )
+                *plane, rest = (_embedded(c, rows, self.head_width) for c in _planes(common[head, k]))
                 first.append(plane[0])
                 second.append(plane[1])
                 still.append(rest)
             left = torch.cat(still, -1)  # one direction of every block of odd size: two of them are a plane at rest
             basis[head] = torch.cat([*first, left[:, 0::2], *second, left[:, 1::2]], -1)
         parts = basis.unflatten(1, (self.num_blocks, self.block))  # (H, D/b, b, D)
-        frequencies = torch.einsum("hkir,hpkij,hkjr->hrp", parts[..., pairs:], generators, parts[..., :pairs])
+        speeds = torch.einsum("hkir,hkij,hkjr->hkr", parts[..., pairs:], common, parts[..., :pairs])
+        frequencies = torch.einsum("hkr,hpk->hrp", speeds, factors)  # a plane is in one block, and 0 in all others
         return basis, frequencies
 
 

@@ -49,11 +49,11 @@ class AxialBlocks(BlockExponential):
         each = frequencies.squeeze(-1).unflatten(-1, (rounds, -1)).repeat_interleave(axes, 1)[:, : self.num_blocks]
         self.entries = nn.Parameter(start_entries(each, block))  # (H, D/b, b(b − 1)/2)
 
-    def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
-        blocks = skew_blocks(self.entries.to(dtype), self.block).unsqueeze(1)  # (H, 1, D/b, b, b)
-        place = torch.arange(self.num_blocks, device=blocks.device) % self.axes
-        belongs = place == torch.arange(self.axes, device=blocks.device).unsqueeze(-1)  # (P, D/b)
-        return blocks * belongs[..., None, None]
+    def multiples(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: D102
+        common = skew_blocks(self.entries.to(dtype), self.block)
+        place = torch.arange(self.num_blocks, device=common.device) % self.axes
+        belongs = place == torch.arange(self.axes, device=common.device).unsqueeze(-1)  # (P, D/b)
+        return belongs.to(dtype).expand(self.num_heads, -1, -1), common
 
 
 class DependentBlocks(BlockExponential):
@@ -90,5 +90,5 @@ class DependentBlocks(BlockExponential):
             start_frequencies(num_heads, self.num_blocks, axes, 1.0).mT.contiguous()
         )  # (H, P, D/b)
 
-    def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
-        return self.factors.to(dtype)[..., None, None] * skew_blocks(self.entries.to(dtype), self.block).unsqueeze(1)
+    def multiples(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.factors.to(dtype), skew_blocks(self.entries.to(dtype), self.block)

@@ -47,5 +47,11 @@ class LieRotary(BlockExponential):
         by_axis = frequencies.mT.unflatten(-1, (self.num_blocks, -1))  # (H, P, D/b, b // 2)
         self.entries = nn.Parameter(start_entries(by_axis, block))
 
+    def multiples(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: D102
+        entries = self.entries.to(dtype)  # (H, P, D/b, b(b − 1)/2)
+        if self.block == 2:
+            return entries.squeeze(-1), skew_blocks(torch.ones_like(entries[:, 0]), 2)
+        return torch.ones_like(entries[..., 0]), skew_blocks(entries[:, 0], self.block)
+
     def generators(self, dtype: torch.dtype) -> Tensor:  # noqa: D102
         return skew_blocks(self.entries.to(dtype), self.block)

@@ -25,6 +25,7 @@ from liegroup_attn.positional import (
     rodrigues,
 )
 from liegroup_attn.positional.blocks import skew_blocks
+from liegroup_attn.positional.one_parameter import one_parameter_rotations
 
 D, H, N = 12, 2, 7
 COMMUTING = {
@@ -226,6 +227,40 @@ def test_it_starts_at_ropes_frequencies(build):
     largest = frequencies.norm(dim=-1)
     torch.testing.assert_close(largest.amax(-1), torch.ones(H).double(), atol=1e-6, rtol=0)
     assert (largest <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "frequencies", [[1.0, 0.4], [0.7, 0.7], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0 + 1e-9], [1.0, 1e-12]]
+)
+def test_derivatives_where_frequencies_meet(frequencies):
+    """Eigenvectors have no derivative there; the exponential has."""
+    frame, turns = torch.linalg.qr(vectors(4, 4)).Q, torch.zeros(4, 4, dtype=torch.float64)
+    turns[[2, 3], [0, 1]] = torch.tensor(frequencies).double()
+    row, column = torch.tril_indices(4, 4, -1)
+    entries = (frame @ (turns - turns.T) @ frame.T)[row, column].requires_grad_()
+    time = torch.tensor([0.0, 1.0, -2.5, 30.0], dtype=torch.float64, requires_grad=True)
+    weight = vectors(4, 4, 4, seed=1)
+    A = skew_blocks(entries, 4)
+    rotations = one_parameter_rotations(A, time)
+    golden = torch.matrix_exp(time[:, None, None] * A)
+    torch.testing.assert_close(rotations, golden, atol=1e-12, rtol=0)
+    got = torch.autograd.grad((rotations * weight).sum(), (entries, time), retain_graph=True)
+    for one, two in zip(got, torch.autograd.grad((golden * weight).sum(), (entries, time)), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-11, rtol=0)
+    assert torch.autograd.gradcheck(lambda e, t: one_parameter_rotations(skew_blocks(e, 4), t), (entries, time))
+
+
+def test_rotations_of_single_items_by_vmap():
+    encoding, x = learned(BUILD["axial"]), vectors(3, H, N, D)
+    values = {name: p.detach() for name, p in encoding.named_parameters()}
+
+    def loss(values, x):
+        return (torch.func.functional_call(encoding, values, (x, places(encoding))) ** 3).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)["entries"]
+    for item in range(3):
+        one = torch.func.grad(loss)(values, x[item])["entries"]
+        torch.testing.assert_close(each[item], one, atol=1e-11, rtol=0)
 
 
 def test_planes_of_width_2_are_a_rotary_of_each_head():
