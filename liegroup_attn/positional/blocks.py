@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -49,12 +51,12 @@ class BlockExponential(HeadRotation):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, block={self.block}"
 
+    @abstractmethod
     def multiples(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where the A_p commute: θ, (H, P, D/b), and A, (H, D/b, b, b), with A_p = θ_p A in every block.
 
         Computed in the given dtype: half precision would round products of parameters.
         """
-        raise NotImplementedError
 
     def generators(self, dtype: torch.dtype) -> Tensor:
         """A_p, (H, P, D/b, b, b)."""

@@ -14,10 +14,12 @@ from liegroup_attn.nn import LieAttention, SoftmaxAttention, SpectralScores, fol
 from liegroup_attn.positional import (
     ALiBi,
     AxialBlocks,
+    BlockExponential,
     CayleyString,
     CirculantString,
     DependentBlocks,
     FoldedRotary,
+    HeadRotation,
     LieRotary,
     PlaneRotary,
     RotaryEncoding,
@@ -398,6 +400,12 @@ def test_a_layer_folds_in_place(build, kind, kv_heads, bias):
     after = layer.mixing_matrix(x, positions=at), layer(x, positions=at)
     for one, two in zip(before, after, strict=True):
         torch.testing.assert_close(two, one, atol=1e-10, rtol=0)
+
+
+def test_what_is_no_encoding_by_itself_cannot_be_built():
+    for base in (HeadRotation, BlockExponential):
+        with pytest.raises(TypeError, match="abstract"):
+            base(8, 2, 1, 4)
 
 
 def test_what_cannot_be_folded():
