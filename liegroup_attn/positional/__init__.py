@@ -8,6 +8,12 @@ from liegroup_attn.positional.base import (
     RotationEncoding,
     grid_positions,
 )
+from liegroup_attn.positional.laws import (
+    commutator_norm,
+    position_similarity,
+    relative_law_residual,
+    score_decay,
+)
 from liegroup_attn.positional.learned import LearnedEncoding
 from liegroup_attn.positional.pairs import PairRotation, turn_pairs
 from liegroup_attn.positional.rotary import RotaryEncoding
@@ -23,6 +29,10 @@ __all__ = [
     "RotaryEncoding",
     "RotationEncoding",
     "SinusoidalEncoding",
+    "commutator_norm",
     "grid_positions",
+    "position_similarity",
+    "relative_law_residual",
+    "score_decay",
     "turn_pairs",
 ]
