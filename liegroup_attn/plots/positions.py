@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from liegroup_attn.errors import ShapeError
@@ -32,11 +33,13 @@ def plot_encoding(
     xlabel: str = "feature",
     ylabel: str = "position",
     label: str = "",
+    shared: bool = True,
 ) -> tuple[Figure, np.ndarray]:
-    """Draw an encoding's numbers as a row of heat maps on one scale, linear and with one colour bar.
+    """Draw an encoding's numbers as a row of heat maps in linear colours.
 
     A table of vectors is (positions, features), R(m) is (features, features), a bias (queries, keys), one map a head.
-    Where signs mix, colours diverge from 0; −inf and NaN are grey.
+    Where signs mix, colours diverge from 0; −inf and NaN are grey. Vector formats keep every entry; a bitmap needs more
+    pixels than features to show each.
 
     Args:
         tables: title → (N, M), tensors, arrays or lists.
@@ -44,6 +47,7 @@ def plot_encoding(
         xlabel: what columns are.
         ylabel: what rows are.
         label: of the colour bar, with its unit.
+        shared: one scale for all; else one each, as for the heads of ALiBi, whose slopes differ by powers of 2.
 
     Returns:
         (fig, axes), axes an array of one Axes a table.
@@ -59,14 +63,9 @@ def plot_encoding(
     """
     arrays = {title: to_array(table) for title, table in tables.items()}
     _check("tables", arrays, axes, square=False)
-    finite = np.concatenate([array[np.isfinite(array)] for array in arrays.values()])
-    low, high = float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
-    most = max(high, -low) or 1.0
-    if low < -1e-6 * most and high > 1e-6 * most:
-        colors, limits = "RdBu_r", (-most, most)
-    else:
-        colors, limits = ("Blues", (0.0, most)) if high >= -low else ("Blues_r", (-most, 0.0))
-    return _row(arrays, axes, colors, limits, (xlabel, ylabel, label))
+    every = np.concatenate([array.ravel() for array in arrays.values()])
+    scales = [_scale(every if shared else array) for array in arrays.values()]
+    return _row(arrays, axes, scales, (xlabel, ylabel, label), shared=shared)
 
 
 def plot_similarity(
@@ -92,7 +91,8 @@ def plot_similarity(
     """
     arrays = {title: to_array(table) for title, table in maps.items()}
     _check("maps", arrays, axes, square=True)
-    return _row(arrays, axes, "RdBu_r", (-1.0, 1.0), ("position", "position", "cosine similarity"))
+    scales = [("RdBu_r", -1.0, 1.0)] * len(arrays)
+    return _row(arrays, axes, scales, ("position", "position", "cosine similarity"), shared=True)
 
 
 def plot_score_decay(
@@ -154,9 +154,7 @@ def plot_score_decay(
     return figure_of(ax), ax
 
 
-def _check(
-    what: str, arrays: dict[str, np.ndarray], axes: Sequence[Axes] | np.ndarray | None, *, square: bool
-) -> None:
+def _check(what: str, arrays: dict[str, np.ndarray], axes: Sequence[Axes] | np.ndarray | None, *, square: bool) -> None:
     if not arrays:
         raise ShapeError(f"{what}: expected at least one, got none; pass {{title: matrix}}")
     for title, array in arrays.items():
@@ -167,27 +165,38 @@ def _check(
         raise ShapeError(f"axes: expected {len(arrays)}, one a map, got {len(axes)}; pass as many")
 
 
+def _scale(values: np.ndarray) -> tuple[str, float, float]:
+    """Colours and their limits: from 0 one way, or both ways where signs mix."""
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
+    most = max(high, -low) or 1.0
+    if low < -1e-6 * most and high > 1e-6 * most:
+        return "RdBu_r", -most, most
+    return ("Blues", 0.0, most) if high >= -low else ("Blues_r", -most, 0.0)
+
+
 def _row(
     arrays: dict[str, np.ndarray],
     axes: Sequence[Axes] | np.ndarray | None,
-    colors: str,
-    limits: tuple[float, float],
+    scales: Sequence[tuple[str, float, float]],
     labels: tuple[str, str, str],
+    *,
+    shared: bool,
 ) -> tuple[Figure, np.ndarray]:
-    """Maps on one scale; rows are named on the leftmost, the bar stands beside the last."""
+    """Maps in a row; rows are named on the leftmost, a bar that is shared stands beside the last."""
     if axes is None:
         wide = max(array.shape[1] / array.shape[0] for array in arrays.values()) > 1.5
-        figure = new_figure((5.2 if wide else 2.3) * len(arrays) + 0.9, 2.8)
+        each = (5.2 if wide else 2.3) + (0.0 if shared else 0.7)
+        figure = new_figure(each * len(arrays) + (0.9 if shared else 0.2), 2.8)
         panels = figure.subplots(1, len(arrays), squeeze=False)[0]
     else:
         panels = np.array(axes, dtype=object)
-    cmap = matplotlib.colormaps[colors].with_extremes(bad="#BBBBBB")
     xlabel, ylabel, label = labels
-    for index, (ax, (title, array)) in enumerate(zip(panels, arrays.items(), strict=True)):
+    for index, (ax, (title, array), (colors, low, high)) in enumerate(zip(panels, arrays.items(), scales, strict=True)):
+        cmap = matplotlib.colormaps[colors].with_extremes(bad="#BBBBBB")
         aspect = "equal" if array.shape[0] == array.shape[1] else "auto"
-        low, high = limits
         image = ax.imshow(
-            np.ma.masked_invalid(array), cmap=cmap, vmin=low, vmax=high, aspect=aspect, interpolation="nearest"
+            np.ma.masked_invalid(array), cmap=cmap, vmin=low, vmax=high, aspect=aspect, interpolation="none"
         )
         ax.spines[:].set(color=GREY, linewidth=0.6)
         ax.set_title(title, fontsize=10)
@@ -197,11 +206,17 @@ def _row(
         ax.tick_params(labelsize=8, length=2, width=0.6, color=GREY)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.04, 0.0, 0.05 if aspect == "equal" else 0.025, 1.0)))
+        last = index == len(arrays) - 1
+        if last or not shared:
+            _bar(ax, image, label if last else "")
+    return figure_of(panels[0]), panels
+
+
+def _bar(ax: Axes, image: AxesImage, label: str) -> None:
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0.0, 0.05 if ax.get_aspect() == 1 else 0.025, 1.0)))
     bar.locator = MaxNLocator(4)
     bar.update_ticks()
     bar.ax.tick_params(labelsize=8, length=2, width=0.6, color=GREY)
     bar.outline.set(linewidth=0.6, edgecolor=GREY)
     if label:
         bar.set_label(label, fontsize=9)
-    return figure_of(panels[0]), panels

@@ -169,8 +169,8 @@ def position_similarity(vectors: Tensor | AbsoluteEncoding, positions: Tensor | 
             raise ShapeError("positions: expected a tensor beside an encoding, got None; e.g. torch.arange(100)")
         zeros = torch.zeros(len(positions), vectors.embed_dim, dtype=torch.float64, device=positions.device)
         with torch.no_grad():
-            vectors = vectors(zeros, positions)
-    elif positions is not None:
+            return position_similarity(vectors(zeros, positions))
+    if positions is not None:
         raise ShapeError("positions: expected None beside vectors, got a tensor; index the vectors instead")
     check_shape("vectors", vectors, least_rank=2, remedy="give (..., positions, width)")
     unit = F.normalize(vectors, dim=-1)

@@ -40,7 +40,8 @@ class Exponential(RotationEncoding):
         self.generators = generators
 
     def act(self, x, coordinates):
-        turned = torch.matrix_exp(torch.einsum("np,...pij->...nij", coordinates, self.generators))
+        generator = torch.einsum("np,...pij->...nij", coordinates, self.generators).contiguous()
+        turned = torch.matrix_exp(generator)
         return (turned @ x.unsqueeze(-1)).squeeze(-1)
 
 
@@ -141,7 +142,9 @@ def test_a_bias_that_counts_from_0_is_asked_nothing_below():
     class FromZero(ALiBi):
         negative = False
 
-    torch.testing.assert_close(score_decay(FromZero(2), torch.arange(-3, 4)), score_decay(ALiBi(2), torch.arange(-3, 4)))
+    torch.testing.assert_close(
+        score_decay(FromZero(2), torch.arange(-3, 4)), score_decay(ALiBi(2), torch.arange(-3, 4))
+    )
 
 
 def test_sinusoidal_similarity_depends_on_distance_alone():
@@ -179,17 +182,31 @@ ROTARY = RotaryEncoding(D, layout="half_split")
         (lambda: relative_law_residual(ROTARY, torch.ones(3).bool()), DtypeError, r"positions: expected integers, got"),
         (lambda: score_decay(SinusoidalEncoding(4), torch.arange(3)), TypeError, r"encoding: .* got Sinus.*; for pos"),
         (lambda: score_decay(Contextual(2), torch.arange(3)), TypeError, r"not contextual, got Contextual; for"),
-        (lambda: score_decay(ALiBi(2), torch.arange(3), torch.zeros(1, D)), ShapeError, r"query: expected None .*; its"),
-        (lambda: score_decay(ROTARY, torch.arange(3), torch.zeros(1, 4)), ShapeError, r"query: expected .*\(S, 8\).*; m"),
-        (lambda: score_decay(ROTARY, torch.arange(3), key=torch.zeros(1, D)), ShapeError, r"key: expected None .*; give"),
+        (
+            lambda: score_decay(ALiBi(2), torch.arange(3), torch.zeros(1, D)),
+            ShapeError,
+            r"query: expected None .*; its",
+        ),
+        (
+            lambda: score_decay(ROTARY, torch.arange(3), torch.zeros(1, 4)),
+            ShapeError,
+            r"query: expected .*\(S, 8\).*; m",
+        ),
+        (
+            lambda: score_decay(ROTARY, torch.arange(3), key=torch.zeros(1, D)),
+            ShapeError,
+            r"key: expected None .*; give",
+        ),
         (lambda: position_similarity(ROTARY, torch.arange(3)), TypeError, r"vectors: .* got RotaryEncoding; take"),
         (lambda: position_similarity(SinusoidalEncoding(4)), ShapeError, r"positions: expected a tensor .* None; e\.g"),
-        (lambda: position_similarity(torch.zeros(3, 4), torch.arange(3)), ShapeError, r"positions: expected None .*; in"),
+        (
+            lambda: position_similarity(torch.zeros(3, 4), torch.arange(3)),
+            ShapeError,
+            r"positions: expected None .*; in",
+        ),
         (lambda: position_similarity(torch.zeros(4)), ShapeError, r"vectors: expected at least 2 dimensions"),
     ],
 )
 def test_wrong_kinds(call, error, match):
     with pytest.raises(error, match=match):
         call()
-
-
