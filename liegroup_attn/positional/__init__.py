@@ -11,6 +11,12 @@ from liegroup_attn.positional.base import (
 from liegroup_attn.positional.blocks import BlockExponential
 from liegroup_attn.positional.comrope import AxialBlocks, DependentBlocks
 from liegroup_attn.positional.heads import FoldedRotary, HeadRotation
+from liegroup_attn.positional.laws import (
+    commutator_norm,
+    position_similarity,
+    relative_law_residual,
+    score_decay,
+)
 from liegroup_attn.positional.learned import LearnedEncoding
 from liegroup_attn.positional.liere import LieRotary
 from liegroup_attn.positional.pairs import PairRotation, turn_pairs
@@ -38,7 +44,11 @@ __all__ = [
     "RotaryEncoding",
     "RotationEncoding",
     "SinusoidalEncoding",
+    "commutator_norm",
     "grid_positions",
     "rodrigues",
+    "position_similarity",
+    "relative_law_residual",
+    "score_decay",
     "turn_pairs",
 ]
