@@ -67,7 +67,7 @@ def _law(recipe: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
     hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
-    positions = recipe["num_heads"], recipe["encoding"], recipe.get("bias_as") or "scores"
+    positions = recipe["num_heads"], recipe.get("encoding"), recipe.get("bias_as") or "scores"
     learned = bool(recipe.get("ordered")), recipe.get("manifold") or "RateMatrices", recipe.get("scores")
     return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
 

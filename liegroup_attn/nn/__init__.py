@@ -5,6 +5,7 @@ from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.convert import ConversionReport, ConvertedLayer, convert_attention, restore_attention
 from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.nn.flow_attention import FlowAttention
+from liegroup_attn.nn.fold import fold_encoding
 from liegroup_attn.nn.generation import sample
 from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention, scale_time
@@ -43,6 +44,7 @@ __all__ = [
     "build_attention",
     "build_encoding",
     "convert_attention",
+    "fold_encoding",
     "restore_attention",
     "sample",
     "scale_time",

@@ -108,7 +108,12 @@ def build_attention(
         return _MODULES[name](embed_dim, num_heads, **given, **options)
     if learned is None:
         raise ValueError("attention.generator: expected RelativeRates or RateMatrix with LieMixer, got none; name one")
-    kept = {key: value for key, value in options.items() if key in ("dropout", "bias")}  # it has no queries to rotate
+    if options.get("encoding") is not None:
+        raise ValueError(
+            f"encoding: expected None with LieMixer, got {type(options['encoding']).__name__}; it has no queries, keys or "
+            "scores, choose an encoding of tokens or RelativeRates"
+        )
+    kept = {key: value for key, value in options.items() if key in ("dropout", "bias")}
     return LieMixer(embed_dim, num_heads, learned, **{k: v for k, v in given.items() if k == "clock"}, **kept)
 
 

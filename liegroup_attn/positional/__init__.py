@@ -13,10 +13,24 @@ from liegroup_attn.positional.forms import complex_form, exponential_form, rotat
 from liegroup_attn.positional.learned import LearnedEncoding
 from liegroup_attn.positional.mixed import MixedRotary
 from liegroup_attn.positional.pairs import PairRotation, convert_layout, turn_pairs
+from liegroup_attn.positional.blocks import BlockExponential
+from liegroup_attn.positional.comrope import AxialBlocks, DependentBlocks
+from liegroup_attn.positional.heads import FoldedRotary, HeadRotation
+from liegroup_attn.positional.laws import (
+    commutator_norm,
+    position_similarity,
+    relative_law_residual,
+    score_decay,
+)
+from liegroup_attn.positional.learned import LearnedEncoding
+from liegroup_attn.positional.liere import LieRotary
+from liegroup_attn.positional.pairs import PairRotation, turn_pairs
+from liegroup_attn.positional.planes import PlaneRotary, rodrigues
 from liegroup_attn.positional.rotary import RotaryEncoding
 from liegroup_attn.positional.scaling import DynamicNTK, FrequencyScaling, LinearScaling, Llama3Scaling, LongRoPE, YaRN
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
 from liegroup_attn.positional.xpos import XPos
+from liegroup_attn.positional.string_encoding import CayleyString, CirculantString
 
 __all__ = [
     "ALiBi",
@@ -30,7 +44,18 @@ __all__ = [
     "Llama3Scaling",
     "LongRoPE",
     "MixedRotary",
+    "AxialBlocks",
+    "BiasEncoding",
+    "BlockExponential",
+    "CayleyString",
+    "CirculantString",
+    "DependentBlocks",
+    "FoldedRotary",
+    "HeadRotation",
+    "LearnedEncoding",
+    "LieRotary",
     "PairRotation",
+    "PlaneRotary",
     "PositionalEncoding",
     "RotaryEncoding",
     "RotationEncoding",
@@ -43,5 +68,11 @@ __all__ = [
     "grid_positions",
     "rotation_form",
     "skew_generator",
+    "commutator_norm",
+    "grid_positions",
+    "rodrigues",
+    "position_similarity",
+    "relative_law_residual",
+    "score_decay",
     "turn_pairs",
 ]

@@ -13,7 +13,7 @@ __all__ = ["ALiBi"]
 
 
 class ALiBi(BiasEncoding):
-    """−m_h |i − j| is added to the scores of head h; as log-rates, a jump over distance d is e^(−m_h d) times as likely.
+    """``−m_h |i − j|`` is added to the scores of head h; as log-rates, a jump over distance d is e^(−m_h d) times as likely.
 
     Slopes are a geometric sequence that starts at 2^(−8/H) and has that ratio; where H is no power of two, those of the
     next smaller power, then every other one of the next larger. Under a causal mask this is the published form, without a

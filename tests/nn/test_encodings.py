@@ -1,0 +1,283 @@
+"""Encodings in layers and models: where they may stand, what recipes say, what caches and images make of positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from liegroup_attn.errors import CacheError, GeneratorError, MaskError, ShapeError
+from liegroup_attn.lightning import ImageClassifier, LanguageModel
+from liegroup_attn.nn import (
+    LieAttention,
+    SoftmaxAttention,
+    SymmetricScores,
+    Transformer,
+    build_attention,
+    build_encoding,
+    convert_attention,
+)
+from liegroup_attn.positional import (
+    ALiBi,
+    BiasEncoding,
+    LearnedEncoding,
+    RotaryEncoding,
+    RotationEncoding,
+    SinusoidalEncoding,
+    grid_positions,
+)
+
+C, H, N = 16, 4, 7
+D = C // H
+
+
+class PerHead(RotationEncoding):
+    """Turns each key head's first pair at its own speed, by the sum of the axes."""
+
+    def __init__(self, head_width: int, num_heads: int, axes: int = 1) -> None:
+        super().__init__(head_width, num_heads, axes)
+        self.speed = torch.nn.Parameter(torch.arange(1.0, num_heads + 1))
+
+    def act(self, x, coordinates):
+        angle = coordinates.sum(-1) * self.per_head(self.speed, x).unsqueeze(-1)  # (..., H, N)
+        a, b = x[..., 0], x[..., 1]
+        turned = torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+        return torch.cat([turned, x[..., 2:]], -1)
+
+
+class Backward(BiasEncoding):
+    """Counts from the end, so it needs a causal mask, and tokens decide."""
+
+    contextual = causal_only = True
+
+    def between(self, here, there):
+        raise NotImplementedError
+
+    def of_tokens(self, x, query, key, coordinates):
+        return (query @ key.mT).tril()
+
+
+def tokens(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*(shape or (2, N, C)), generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+BAD = {
+    "absolute in a layer": (
+        lambda: SoftmaxAttention(C, H, encoding=SinusoidalEncoding(C)),
+        TypeError,
+        r"encoding: expected a RotationEncoding or BiasEncoding, got SinusoidalEncoding; absolute encodings are added",
+    ),
+    "heads of a bias": (
+        lambda: SoftmaxAttention(C, H, encoding=ALiBi(2)),
+        ShapeError,
+        r"encoding: expected num_heads=4, got 2; one bias per query head",
+    ),
+    "heads of a rotation": (
+        lambda: SoftmaxAttention(C, H, num_kv_heads=2, encoding=PerHead(D, H)),
+        ShapeError,
+        r"encoding: expected num_heads=2, got 4; one R per key head",
+    ),
+    "width of a rotation": (
+        lambda: SoftmaxAttention(C, H, encoding=RotaryEncoding(8, layout="half_split")),
+        ShapeError,
+        r"encoding: expected head_width=4, got 8; it is embed_dim // num_heads",
+    ),
+    "no causal mask": (
+        lambda: SoftmaxAttention(C, H, encoding=Backward(H)),
+        MaskError,
+        r"encoding: expected is_causal=True beside Backward, got False; it counts what came before",
+    ),
+    "symmetric scores": (
+        lambda: LieAttention(C, H, scores=SymmetricScores(C, H), encoding=ALiBi(H)),
+        MaskError,
+        r"encoding=None with SymmetricScores",
+    ),
+    "rates of a rotation": (
+        lambda: LieAttention(C, H, encoding=RotaryEncoding(D, layout="half_split"), bias_as="rates"),
+        GeneratorError,
+        r"bias_as: expected a BiasEncoding and ordered=False beside 'rates', got others; give",
+    ),
+    "neither scores nor rates": (
+        lambda: LieAttention(C, H, encoding=ALiBi(H), bias_as="weights"),
+        GeneratorError,
+        r"bias_as: expected 'scores' or 'rates', got 'weights'; say where",
+    ),
+    "no rate": (
+        lambda: LieAttention(C, H, encoding=ALiBi(H), bias_as="rates", position_rate=0.0),
+        GeneratorError,
+        r"position_rate: expected a positive number, got 0.0; a rate of 0",
+    ),
+    "mixer": (
+        lambda: build_attention(
+            {"module": "LieMixer", "generator": "RelativeRates", "max_distance": 3}, C, H, encoding=ALiBi(H)
+        ),
+        ValueError,
+        r"encoding: expected None with LieMixer, got ALiBi; it has no queries",
+    ),
+    "rate without rates": (
+        lambda: build_attention({"module": "LieAttention", "position_rate": 1.0}, C, H),
+        ValueError,
+        r"attention.position_rate: expected it with bias_as='rates' alone, got bias_as=None; set both",
+    ),
+    "unknown encoding": (
+        lambda: build_encoding({"module": "Rope"}, C, H),
+        ValueError,
+        r"encoding.module: expected one of \[.*'ALiBi'.*'RotaryEncoding'.*\], got 'Rope'; name one",
+    ),
+    "base class": (
+        lambda: build_encoding({"module": "BiasEncoding"}, C, H),
+        ValueError,
+        r"encoding.module: expected one of .*, got 'BiasEncoding'; name one",
+    ),
+    "unknown key": (
+        lambda: build_encoding({"module": "ALiBi", "slope": 2}, C, H),
+        ValueError,
+        r"encoding: expected keys from \[\] for ALiBi, got \['slope'\]; remove",
+    ),
+    "sizes are the model's": (
+        lambda: build_encoding({"module": "ALiBi", "num_heads": 2}, C, H),
+        ValueError,
+        r"encoding: expected keys from \[\] for ALiBi, got \['num_heads'\]; remove",
+    ),
+    "missing key": (
+        lambda: build_encoding({"module": "RotaryEncoding"}, C, H),
+        ValueError,
+        r"encoding: expected \['layout'\] for RotaryEncoding, got \[\]; add",
+    ),
+    "grid": (lambda: grid_positions(3, 0), ShapeError, r"sizes: expected numbers ≥ 1, got \(3, 0\); give rows"),
+    "no grid": (grid_positions, ShapeError, r"sizes: expected numbers ≥ 1, got \(\); give rows"),
+    "learned size": (
+        lambda: LearnedEncoding(C, 0),
+        ShapeError,
+        r"num_positions: expected an integer from 1, got 0; change",
+    ),
+    "sinusoidal width": (
+        lambda: SinusoidalEncoding(5),
+        ShapeError,
+        r"embed_dim: expected an even number, got 5; sines",
+    ),
+    "beyond the table": (
+        lambda: LearnedEncoding(C, 5)(tokens()),
+        ValueError,
+        r"positions: expected numbers < 5 for a table of 5, got 6; train with num_positions=7",
+    ),
+    "heads that do not divide": (
+        lambda: PerHead(D, 2)(tokens(3, N, D)),
+        ShapeError,
+        r"x: expected a multiple of 2 heads, got shape \(3, 7, 4\); match num_heads",
+    ),
+    "axes": (
+        lambda: PerHead(D, 1, axes=2)(tokens(1, N, D), torch.arange(N)),
+        ShapeError,
+        r"positions: expected \(..., N, 2\) for PerHead on 2 axes, got \(7,\); one number per token and axis",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "match"), BAD.values(), ids=BAD.keys())
+def test_bad_settings(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_a_group_of_query_heads_shares_the_rotation_of_its_key_head():
+    layer = SoftmaxAttention(C, H, num_kv_heads=2, encoding=PerHead(D, 2)).double()
+    whole = SoftmaxAttention(C, H, encoding=PerHead(D, H)).double()
+    with torch.no_grad():
+        whole.encoding.speed.copy_(layer.encoding.speed.repeat_interleave(2))
+        for name in ("k_proj", "v_proj"):
+            narrow = getattr(layer, name).weight.view(2, D, C)
+            getattr(whole, name).weight.copy_(narrow.repeat_interleave(2, 0).flatten(0, 1))
+    whole.q_proj.load_state_dict(layer.q_proj.state_dict())
+    torch.testing.assert_close(layer.mixing_matrix(tokens()), whole.mixing_matrix(tokens()), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: SoftmaxAttention(C, H, is_causal=True, encoding=ALiBi(H)),
+        lambda: LieAttention(C, H, is_causal=True, encoding=ALiBi(H)),
+        lambda: SoftmaxAttention(C, H, is_causal=True, encoding=Backward(H)),
+        lambda: LieAttention(C, H, is_causal=True, encoding=ALiBi(H), bias_as="rates"),
+    ],
+    ids=["softmax", "exp", "contextual", "rates"],
+)
+@torch.no_grad()
+def test_a_cache_knows_positions_by_counting_or_there_is_none(layer):
+    layer = layer().double()
+    if not layer.can_cache:
+        with pytest.raises(CacheError, match="use_cache=False"):
+            layer.new_cache(2, N)
+        return
+    cache = layer.new_cache(2, N)
+    parts = [layer(tokens()[:, :3], cache=cache), layer(tokens()[:, 3:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(tokens()), atol=1e-10, rtol=0)
+    cache = layer.new_cache(2, N)
+    with pytest.raises(CacheError, match="positions: expected None beside a cache with ALiBi, got some"):
+        layer(tokens(), positions=torch.arange(N), cache=cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("kind", [SoftmaxAttention, LieAttention])
+def test_a_bias_acts_beside_masks(kind):
+    options = {"time": 0.7} if kind is LieAttention else {}
+    layer, bare = (kind(C, H, encoding=encoding, **options).double() for encoding in (ALiBi(H), None))
+    bare.load_state_dict(layer.state_dict())
+    x, padding = tokens(), (torch.arange(N) < 5).view(1, 1, 1, N)
+    slopes = ALiBi(H).slopes().view(H, 1, 1)
+    distance = (torch.arange(N)[:, None] - torch.arange(N)).abs()
+    bias = (-slopes * distance).masked_fill(~padding, -torch.inf)
+    torch.testing.assert_close(layer(x, padding), bare(x, bias), atol=1e-12, rtol=0)
+
+
+def test_a_converted_layer_keeps_its_bias():
+    layer = SoftmaxAttention(C, H, is_causal=True, encoding=ALiBi(H)).double()
+    before, matrix = layer(tokens()), layer.mixing_matrix(tokens())
+    convert_attention(layer)
+    torch.testing.assert_close(layer(tokens()), before, atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer.mixing_matrix(tokens()), matrix, atol=1e-12, rtol=0)
+    with torch.no_grad():
+        layer.lie.time += 0.5
+        moved = layer(tokens())
+        assert (moved - before).abs().max() > 1e-3
+        cache = layer.new_cache(2, N)
+        parts = [layer(tokens()[:, :3], cache=cache), layer(tokens()[:, 3:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), moved, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_a_transformer_adds_absolute_positions_once():
+    model = Transformer(C, 2, H, is_causal=True, encoding={"module": "LearnedEncoding", "num_positions": N}).double()
+    bare = Transformer(C, 2, H, is_causal=True, encoding=None).double()
+    bare.load_state_dict(model.state_dict(), strict=False)
+    assert [name for name in model.state_dict() if name not in bare.state_dict()] == ["absolute.weight"]
+    x, table = tokens(), model.absolute.weight
+    torch.testing.assert_close(model(x), bare(x + table), atol=1e-12, rtol=0)
+    each = torch.stack([torch.arange(N), torch.arange(N).flip(0)]).unsqueeze(1)  # (B, 1, N), as layers take it
+    expected = bare(torch.stack([x[0] + table, x[1] + table.flip(0)]))
+    torch.testing.assert_close(model(x, positions=each), expected, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="positions: expected numbers < 7 for a table of 7, got 7"):
+        model(tokens(2, N + 1, C))
+
+
+def test_encodings_of_blocks_are_their_own():
+    model = Transformer(C, 2, H, encoding={"module": "RotaryEncoding", "layout": "interleaved"})
+    first, second = (block.attention.encoding for block in model.blocks)
+    assert first is not second
+    assert first.layout == "interleaved"
+
+
+@pytest.mark.parametrize("encoding", [None, {"module": "ALiBi"}, {"module": "SinusoidalEncoding"}])
+def test_images_without_places_know_positions_by_the_encoding_alone(encoding):
+    model = ImageClassifier({"module": "SoftmaxAttention"}, width=C, num_heads=H, places=False, encoding=encoding)
+    image = tokens(1, 16, 4, dtype=torch.float32)
+    shuffled = image[:, torch.randperm(16, generator=torch.Generator().manual_seed(1))]
+    same = torch.allclose(model(image), model(shuffled), atol=1e-5)
+    assert same == (encoding is None)
+
+
+def test_language_models_say_positions_by_one_recipe():
+    named = LanguageModel({"module": "SoftmaxAttention"}, width=C, depth=1, num_heads=H, encoding={"module": "ALiBi"})
+    assert isinstance(named.transformer.blocks[0].attention.encoding, ALiBi)
+    default = LanguageModel({"module": "SoftmaxAttention"}, width=C, depth=1, num_heads=H)
+    assert isinstance(default.transformer.blocks[0].attention.encoding, RotaryEncoding)
+    assert default.hparams.encoding == {"module": "RotaryEncoding", "layout": "half_split"}
