@@ -30,8 +30,21 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     if layout == "half_split":
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    if _are_complex(x, cos):
+        numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(numbers * torch.complex(cos, sin)).flatten(-2)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def _are_complex(x: Tensor, cos: Tensor) -> bool:
+    """Whether interleaved pairs can be read as complex numbers, whose one product is several times as fast.
+
+    Compilers fuse the plain formula and know nothing of complex numbers; memory must hold pairs at even addresses.
+    """
+    if torch.compiler.is_compiling() or x.dtype != cos.dtype or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return x.stride(-1) == 1 and not any(stride % 2 for stride in (*x.stride()[:-1], x.storage_offset()))
 
 
 class PairRotation(RotationEncoding):
