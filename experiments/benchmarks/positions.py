@@ -130,9 +130,7 @@ def turned(query: Tensor, layout: str) -> Tensor:
     return torch.cat(moved.unbind(-1), -1) if layout == "half_split" else moved.flatten(-2)
 
 
-def time_rope(
-    names: Iterable[str], kind: str, repeats: int, seconds: float, device: str, dtype: str
-) -> dict[str, Any]:
+def time_rope(names: Iterable[str], kind: str, repeats: int, seconds: float, device: str, dtype: str) -> dict[str, Any]:
     """Seconds of forward and backward of query and key, and how far each rotation is off."""
     query, key = _random((BATCH, HEADS, TOKENS, WIDTH), 2, device, dtype)
     calls, errors = {}, {}

@@ -215,7 +215,9 @@ def _encodings(result: Result) -> str:
                 if s := seconds(cell, name):
                     over = ratio(cell, name, ROPE)
                     rows.append([f"{name}, {words}", spread(s).show(1e3), over.show() if over else "–"])
-    title = "Encodings, batch 8, 4 heads, N = 256, D = 16: in inference forward alone, folded; in training with backward."
+    title = (
+        "Encodings, batch 8, 4 heads, N = 256, D = 16: in inference forward alone, folded; in training with backward."
+    )
     return _table(title, ["encoding", "ms", f"over {ROPE}"], rows)
 
 

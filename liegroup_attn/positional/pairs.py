@@ -40,9 +40,13 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 def _are_complex(x: Tensor, cos: Tensor) -> bool:
     """Whether interleaved pairs can be read as complex numbers, whose one product is several times as fast.
 
-    Compilers fuse the plain formula and know nothing of complex numbers; memory must hold pairs at even addresses.
+    On CPU that holds of compiled code, too: the compiler calls the eager product, since it vectorizes no pairs of
+    neighbours. Exported programs keep the plain formula, which other runtimes know. Memory must hold pairs at even
+    addresses.
     """
-    if torch.compiler.is_compiling() or x.dtype != cos.dtype or x.dtype not in (torch.float32, torch.float64):
+    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type != "cpu"):
+        return False
+    if x.dtype != cos.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
     return x.stride(-1) == 1 and not any(stride % 2 for stride in (*x.stride()[:-1], x.storage_offset()))
 
