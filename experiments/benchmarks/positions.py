@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def time_rope(names: Iterable[str], kind: str, repeats: int, seconds: float, dev
         if name != CHAIN:
             expected = turned(query.detach(), "half_split" if name == OURS[0] else "interleaved")
             errors[name] = float((run(query, key)[0].detach().double() - expected).abs().max())
-        calls[name] = _backward(lambda run=run: run(query, key), [query, key])
+        calls[name] = _backward(partial(run, query, key), [query, key])
         calls[name]()  # compiled now, before the next row resets
     rows = time_in_turn(calls, repeats, seconds, device)
     least = 1e-3 if dtype == "float32" else 1e-9 if dtype == "float64" else 0.1
@@ -159,7 +160,7 @@ def time_folded(repeats: int, seconds: float, device: str, dtype: str) -> dict[s
     for name, build in FOLDED.items():
         torch.manual_seed(0)
         encoding = build().to(device).eval()
-        calls[name] = torch.no_grad()(lambda encoding=encoding: encoding.rotate(query, key))
+        calls[name] = torch.no_grad()(partial(encoding.rotate, query, key))
     return {"rows": time_in_turn(calls, repeats, seconds, device)}
 
 

@@ -31,7 +31,9 @@ def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
     if _are_complex(x, cos):
-        numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        # Compiled code cannot ask where x begins in memory: a copy begins at an even address.
+        copied = x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+        numbers = torch.view_as_complex(copied.unflatten(-1, (-1, 2)))
         return torch.view_as_real(numbers * torch.complex(cos, sin)).flatten(-2)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -44,10 +46,10 @@ def _are_complex(x: Tensor, cos: Tensor) -> bool:
     neighbours. Exported programs keep the plain formula, which other runtimes know. Memory must hold pairs at even
     addresses.
     """
-    if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and x.device.type != "cpu"):
-        return False
     if x.dtype != cos.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu" and not torch.compiler.is_exporting()
     return x.stride(-1) == 1 and not any(stride % 2 for stride in (*x.stride()[:-1], x.storage_offset()))
 
 

@@ -92,8 +92,10 @@ def test_mixed_types_are_promoted(layout):
 
 
 @layouts
-def test_compiled_is_eager(layout):
-    x, cos, sin = (t.requires_grad_() for t in inputs())
+@pytest.mark.parametrize("view", ["contiguous", "slice at an odd address"])
+def test_compiled_is_eager(layout, view):
+    leaf, cos, sin = (t.requires_grad_() for t in inputs())
+    x = VIEWS[view](leaf)
     compiled = torch.compile(turn_pairs, backend="aot_eager", fullgraph=True)
     got, expected = compiled(x, cos, sin, layout), turn_pairs(x, cos, sin, layout)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
