@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from liegroup_attn.positional import RotaryEncoding, turn_pairs
+from liegroup_attn.positional import PairRotation, RotaryEncoding, turn_pairs
 from liegroup_attn.positional.pairs import LAYOUTS
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,6 +101,30 @@ def test_compiled_is_eager(layout, view):
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
     for a, b in zip(*(torch.autograd.grad(out.sin().sum(), (x, cos, sin)) for out in (got, expected)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+class Learned(PairRotation):
+    """Angles that learn."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__(8, layout=layout)
+        self.rates = torch.nn.Parameter(torch.linspace(0.1, 1.0, 4, dtype=torch.float64))
+
+    def angles(self, coordinates: Tensor, x: Tensor) -> Tensor:
+        return coordinates * self.rates
+
+
+@layouts
+def test_a_compiled_encoding_is_eager(layout):
+    """Queries, keys, and gradients of both and of the angles."""
+    encoding = Learned(layout)
+    leaves = [*(inputs(seed=seed)[0].requires_grad_() for seed in (0, 1)), encoding.rates]
+    found = []
+    for rotate in (encoding.rotate, torch.compile(encoding.rotate, backend="aot_eager", fullgraph=True)):
+        outs = rotate(*leaves[:2])
+        found.append([*outs, *torch.autograd.grad(sum(out.sin().sum() for out in outs), leaves)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_rotary_embedding_torch_turns_as_we_do():
