@@ -9,12 +9,9 @@ from liegroup_attn.positional.base import (
     RotationEncoding,
     grid_positions,
 )
-from liegroup_attn.positional.forms import complex_form, exponential_form, rotation_form, skew_generator
-from liegroup_attn.positional.learned import LearnedEncoding
-from liegroup_attn.positional.mixed import MixedRotary
-from liegroup_attn.positional.pairs import PairRotation, convert_layout, turn_pairs
 from liegroup_attn.positional.blocks import BlockExponential
 from liegroup_attn.positional.comrope import AxialBlocks, DependentBlocks
+from liegroup_attn.positional.forms import complex_form, exponential_form, rotation_form, skew_generator
 from liegroup_attn.positional.heads import FoldedRotary, HeadRotation
 from liegroup_attn.positional.laws import (
     commutator_norm,
@@ -24,36 +21,35 @@ from liegroup_attn.positional.laws import (
 )
 from liegroup_attn.positional.learned import LearnedEncoding
 from liegroup_attn.positional.liere import LieRotary
-from liegroup_attn.positional.pairs import PairRotation, turn_pairs
+from liegroup_attn.positional.mixed import MixedRotary
+from liegroup_attn.positional.pairs import PairRotation, convert_layout, turn_pairs
 from liegroup_attn.positional.planes import PlaneRotary, rodrigues
 from liegroup_attn.positional.rotary import RotaryEncoding
 from liegroup_attn.positional.scaling import DynamicNTK, FrequencyScaling, LinearScaling, Llama3Scaling, LongRoPE, YaRN
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
-from liegroup_attn.positional.xpos import XPos
 from liegroup_attn.positional.string_encoding import CayleyString, CirculantString
+from liegroup_attn.positional.xpos import XPos
 
 __all__ = [
     "ALiBi",
     "AbsoluteEncoding",
-    "AxialRotary",
-    "BiasEncoding",
-    "DynamicNTK",
-    "FrequencyScaling",
-    "LearnedEncoding",
-    "LinearScaling",
-    "Llama3Scaling",
-    "LongRoPE",
-    "MixedRotary",
     "AxialBlocks",
+    "AxialRotary",
     "BiasEncoding",
     "BlockExponential",
     "CayleyString",
     "CirculantString",
     "DependentBlocks",
+    "DynamicNTK",
     "FoldedRotary",
+    "FrequencyScaling",
     "HeadRotation",
     "LearnedEncoding",
     "LieRotary",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPE",
+    "MixedRotary",
     "PairRotation",
     "PlaneRotary",
     "PositionalEncoding",
@@ -62,17 +58,16 @@ __all__ = [
     "SinusoidalEncoding",
     "XPos",
     "YaRN",
+    "commutator_norm",
     "complex_form",
     "convert_layout",
     "exponential_form",
     "grid_positions",
-    "rotation_form",
-    "skew_generator",
-    "commutator_norm",
-    "grid_positions",
-    "rodrigues",
     "position_similarity",
     "relative_law_residual",
+    "rodrigues",
+    "rotation_form",
     "score_decay",
+    "skew_generator",
     "turn_pairs",
 ]

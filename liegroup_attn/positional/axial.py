@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.positional.pairs import PairRotation
+from liegroup_attn.positional.pairs import PairRotation, check_base
 
 __all__ = ["AxialRotary"]
 
@@ -18,11 +18,11 @@ class AxialRotary(PairRotation):
         head_width: D, with D/2 a multiple of P.
         axes: P, numbers a position has.
         layout: "half_split" or "interleaved", of the whole head.
-        base: of the frequencies.
+        base: of the frequencies; the paper has 100 for images of 14 × 14 patches.
 
     Raises:
         ShapeError: odd width, or axes that do not divide D/2.
-        ValueError: unknown layout.
+        ValueError: unknown layout, or a base not above 0.
 
     Example:
         >>> axial = AxialRotary(4, layout="interleaved")
@@ -38,6 +38,7 @@ class AxialRotary(PairRotation):
             raise ShapeError(
                 f"axes: expected a divisor of head_width/2 = {head_width // 2}, got {axes}; widen the heads"
             )
+        check_base(base)
         self.base = base
 
     def extra_repr(self) -> str:  # noqa: D102

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra import expm
+from liegroup_attn.positional.pairs import check_layout
 
 __all__ = ["complex_form", "exponential_form", "rotation_form", "skew_generator"]
 
 
 def _columns(pairs: int, layout: str) -> tuple[Tensor, Tensor]:
     i = torch.arange(pairs)
-    if layout not in ("half_split", "interleaved"):
-        raise ValueError(
-            f"layout: expected 'half_split' or 'interleaved', got {layout!r}; it must match the checkpoint's"
-        )
+    check_layout(layout)
     return (i, i + pairs) if layout == "half_split" else (2 * i, 2 * i + 1)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import RotationEncoding, check_sizes
-from liegroup_attn.positional.pairs import PairRotation
+from liegroup_attn.positional.mixed import HeadFrequencies
 
 __all__ = ["FoldedRotary", "HeadRotation", "nearest_orthonormal", "start_frequencies"]
 
@@ -104,7 +104,7 @@ class HeadRotation(RotationEncoding):
         return self.turn(x.unflatten(-3, (self.num_heads, -1)), *prepared).flatten(-4, -3)
 
 
-class FoldedRotary(PairRotation):
+class FoldedRotary(HeadFrequencies):
     """Pair rotations whose frequencies differ by head: what is left of a learned rotation once P is in the weights.
 
     R(x)ᵀR(y) = R(y − x). Pairs are "half_split".
@@ -127,15 +127,7 @@ class FoldedRotary(PairRotation):
             raise ShapeError(
                 f"frequencies: expected (heads, D/2, axes), got shape {tuple(frequencies.shape)}; take those of fold()"
             )
-        heads, pairs, axes = frequencies.shape
-        super().__init__(2 * pairs, layout="half_split", num_heads=heads, axes=axes)
-        self.frequencies = nn.Parameter(frequencies.detach().clone())
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return f"{self.head_width}, {self.num_heads}, axes={self.axes}"
-
-    def angles(self, coordinates: Tensor, x: Tensor) -> Tensor:  # noqa: D102
-        return coordinates @ self.per_head(self.frequencies, x).mT  # (..., H, N, D/2)
+        super().__init__(frequencies, layout="half_split")
 
 
 def start_frequencies(num_heads: int, pairs: int, axes: int, base: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.positional.pairs import PairRotation, check_rotary_width
+from liegroup_attn.positional.pairs import PairRotation, check_base, check_rotary_width, cos_sin
 from liegroup_attn.positional.scaling import FrequencyScaling
 
 __all__ = ["RotaryEncoding"]
@@ -28,7 +28,7 @@ class RotaryEncoding(PairRotation):
 
     Raises:
         ShapeError: odd width, or ``rotary_width`` beyond the head.
-        ValueError: unknown layout.
+        ValueError: unknown layout, or a base not above 0.
 
     Example:
         >>> rotary = RotaryEncoding(4, layout="half_split")
@@ -48,6 +48,7 @@ class RotaryEncoding(PairRotation):
         scaling: FrequencyScaling | None = None,
     ) -> None:
         super().__init__(head_width, layout=layout)
+        check_base(base)
         self.base = base
         self.rotary_width = check_rotary_width(rotary_width, head_width)
         self.scaling = scaling
@@ -63,7 +64,7 @@ class RotaryEncoding(PairRotation):
 
     def cos_sin(self, coordinates: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         angles, factor = self._angles(coordinates)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = cos_sin(angles)
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: D102

@@ -53,16 +53,16 @@ class XPos(RotaryEncoding):
         return zeta ** (coordinates / self.scale_base)
 
     def act(self, x: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
-        cos, sin = self.cos_sin(coordinates, x)
-        scale = self.scale(coordinates)
-        return self.turn(x, cos * scale, sin * scale)
+        return self._scaled(x, coordinates, *self.cos_sin(coordinates, x))
 
     def act_on_keys(self, x: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
-        cos, sin = self.cos_sin(coordinates, x)
-        scale = self.scale(-coordinates)
-        return self.turn(x, cos * scale, sin * scale)
+        return self._scaled(x, -coordinates, *self.cos_sin(coordinates, x))
 
     def act_both(self, query: Tensor, key: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        wide = coordinates.dtype
-        first, second = self.act(query.to(wide), coordinates), self.act_on_keys(key.to(wide), coordinates)
-        return first.to(query.dtype), second.to(key.dtype)
+        cos, sin = self.cos_sin(coordinates, query)
+        first = self._scaled(query.to(cos.dtype), coordinates, cos, sin)
+        return first.to(query.dtype), self._scaled(key.to(cos.dtype), -coordinates, cos, sin).to(key.dtype)
+
+    def _scaled(self, x: Tensor, coordinates: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        scale = self.scale(coordinates)
+        return self.turn(x, cos * scale, sin * scale)
