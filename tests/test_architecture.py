@@ -42,6 +42,7 @@ DOORS = {
     "triton": ("liegroup_attn.expm.kernels",),
     "transformers": ("liegroup_attn.integrations", "experiments"),
     "x_transformers": ("liegroup_attn.integrations", "experiments"),
+    "rotary_embedding_torch": ("experiments",),
     "litgpt": ("liegroup_attn.integrations", "experiments"),
 }
 

@@ -23,6 +23,16 @@ from experiments.benchmarks.conversion import (
     why_no_model,
 )
 from experiments.benchmarks.measure import PHASES, Shape, make_call, make_inputs, peak_memory, time_in_turn
+from experiments.benchmarks.positions import (
+    FOLDED,
+    KINDS,
+    RIVALS,
+    TRAINED,
+    time_folded,
+    time_rope,
+    time_training,
+    why_no_rival,
+)
 from liegroup_attn.manifolds import RateMatrices, hold
 from liegroup_attn.nn import AttentionRecipe
 
@@ -157,6 +167,30 @@ def _time_monitor(o: Options, cells: Cells) -> dict[str, Any]:
     return time_monitor(o.repeats, o.seconds, o.device)
 
 
+def positions(options: Options) -> Iterator[Cell]:
+    """RoPE beside others' and beside a multiply-add; encodings in inference once folded, and in training."""
+    reasons = {name: why_no_rival(name) for name in RIVALS}
+    kept = tuple(name for name, reason in reasons.items() if reason is None)
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    for kind in KINDS:
+        run = partial(_time_rope, kept, kind, options)
+        yield Cell(f"RoPE, {kind}", {"part": "rope", "kind": kind}, kept, run, skipped)
+    yield Cell("encodings, inference", {"part": "folded"}, tuple(FOLDED), partial(_time_folded, options))
+    yield Cell("encodings, training", {"part": "training"}, tuple(TRAINED), partial(_time_training, options))
+
+
+def _time_rope(names: tuple[str, ...], kind: str, o: Options, cells: Cells) -> dict[str, Any]:
+    return time_rope(names, kind, o.repeats, o.seconds, o.device, o.dtype)
+
+
+def _time_folded(o: Options, cells: Cells) -> dict[str, Any]:
+    return time_folded(o.repeats, o.seconds, o.device, o.dtype)
+
+
+def _time_training(o: Options, cells: Cells) -> dict[str, Any]:
+    return time_training(o.repeats, o.seconds, o.device, o.dtype)
+
+
 _IMPORTS = {"torch": "import torch", "torch, liegroup_attn": "import torch, liegroup_attn"}
 
 
@@ -172,6 +206,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "decode": decode,
     "optimizer": optimizer,
     "conversion": conversion,
+    "positions": positions,
     "import": imports,
 }
 

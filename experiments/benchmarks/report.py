@@ -12,6 +12,7 @@ from experiments.benchmarks.conversion import WATCHING
 from experiments.benchmarks.figure import scaling_figure
 from experiments.benchmarks.measure import PHASES
 from experiments.benchmarks.parts import PLAIN
+from experiments.benchmarks.positions import CHAIN, ROPE
 from experiments.benchmarks.summary import Result, attention_cell, find, peak, ratio, seconds, spread, three_digits
 from experiments.benchmarks.targets import targets
 
@@ -65,6 +66,8 @@ def render_tables(result: Result) -> dict[str, str]:
         "optimizer": _steps(result),
         "conversion": _conversions(result),
         "monitor": _monitor(result),
+        "rope": _rope(result),
+        "encodings": _encodings(result),
         "import": _imports(result),
     }
     found |= {"left_out": _left_out(result), "method": f"{_provenance(result)}\n"}
@@ -190,6 +193,32 @@ def _monitor(result: Result) -> str:
                 over = ratio(cell, name, WATCHING[0])
                 rows.append([name, spread(s).show(), over.show() if over else "–"])
     return _table("The same encoder at t = 0.5.", ["step", "s", "over one without"], rows)
+
+
+def _rope(result: Result) -> str:
+    rows = []
+    for cell in find(result, part="rope"):
+        for name in cell["rows"]:
+            if s := seconds(cell, name):
+                over, error = ratio(cell, name, CHAIN), cell["rows"][name].get("error")
+                off = "–" if error is None else f"{error:.0e}"
+                rows.append([f"{name}, {cell['kind']}", spread(s).show(1e3), over.show() if over else "–", off])
+    title = "RoPE of query and key, batch 8, 8 heads, N = 1024, D = 64, forward + backward."
+    return _table(title, ["rotation", "ms", f"over {CHAIN}", "error"], rows)
+
+
+def _encodings(result: Result) -> str:
+    rows = []
+    for part, words in (("folded", "inference"), ("training", "training")):
+        for cell in find(result, part=part):
+            for name in cell["rows"]:
+                if s := seconds(cell, name):
+                    over = ratio(cell, name, ROPE)
+                    rows.append([f"{name}, {words}", spread(s).show(1e3), over.show() if over else "–"])
+    title = (
+        "Encodings, batch 8, 4 heads, N = 256, D = 16: in inference forward alone, folded; in training with backward."
+    )
+    return _table(title, ["encoding", "ms", f"over {ROPE}"], rows)
 
 
 def _imports(result: Result) -> str:

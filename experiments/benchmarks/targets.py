@@ -11,6 +11,7 @@ from experiments.benchmarks.conversion import FROZEN, STEPS, WATCHING
 from experiments.benchmarks.conversion import PLAIN as UNCONVERTED
 from experiments.benchmarks.measure import PHASES
 from experiments.benchmarks.parts import ON_MANIFOLD, PLAIN
+from experiments.benchmarks.positions import CHAIN, FOLDED, OTHERS, OURS, ROPE
 from experiments.benchmarks.summary import Result, Spread, attention_cell, find, peak, ratio, seconds, spread
 
 __all__ = ["Target", "targets"]
@@ -50,6 +51,7 @@ def targets(result: Result) -> list[Target]:
         *_small(result),
         *_step(result),
         *_conversion(result),
+        *_positions(result),
     ]
 
 
@@ -130,6 +132,23 @@ def _conversion(result: Result) -> Iterator[Target]:
         over = ratio(cell, WATCHING[1], WATCHING[0])
         every = None if over is None else Spread(*(1 + (step - 1) / STEPS for step in over))
         yield Target(what, "≤", 1.02, every, "GeneratorMonitor, its cheap numbers")
+
+
+def _positions(result: Result) -> Iterator[Target]:
+    for cell in find(result, part="rope", kind="compiled"):
+        what = "RoPE of query and key, compiled, forward + backward: time over a multiply-add of the same bytes"
+        for row in OURS:
+            yield Target(what, "≤", 1.3, ratio(cell, row, CHAIN), row)
+    for cell in find(result, part="rope", kind="eager"):
+        known = [name for name in OTHERS if seconds(cell, name)]
+        rival = min(known, key=lambda name: spread(seconds(cell, name)).median, default="others' RoPE")
+        what = f"RoPE of query and key, eager, forward + backward: time over {rival}, the faster of others'"
+        for row in OURS:
+            yield Target(what, "≤", 1.0, ratio(cell, row, rival), row)
+    for cell in find(result, part="folded"):
+        for row in FOLDED:
+            if row != ROPE:
+                yield Target("encoding folded, inference: time over RoPE", "≤", 1.5, ratio(cell, row, ROPE), row)
 
 
 def _least(cell: dict[str, Any], rows: Sequence[str], base: str) -> tuple[Spread | None, str]:

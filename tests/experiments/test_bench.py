@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.benchmarks import bench, conversion, fit, parts, summary, targets, values
+from experiments.benchmarks import bench, conversion, fit, parts, positions, summary, targets, values
 from experiments.benchmarks.competitors import BASE, Row, attention_rows, small_rows, why_not
 from experiments.benchmarks.measure import Shape, make_call, make_inputs, time_in_turn
 from experiments.benchmarks.report import benchmark_tables, load, report
@@ -154,6 +154,41 @@ def test_conversion_and_monitor(tmp_path, monkeypatch):
     tables = benchmark_tables(tmp_path)
     assert "converted, exponential clock" in tables["conversion_cpu_float32_conversion"]
     assert "GeneratorMonitor" in tables["monitor_cpu_float32_conversion"]
+
+
+def test_positions(tmp_path, monkeypatch):
+    """Every row is held to float64 and measured; the targets are ratios of rounds."""
+    for name, size in {"BATCH": 1, "HEADS": 2, "TOKENS": 16, "WIDTH": 8}.items():
+        monkeypatch.setattr(positions, name, size)
+    monkeypatch.setattr(torch, "compile", lambda run, **options: run)  # inductor takes a minute
+    monkeypatch.setattr(positions, "SMALL", (1, positions.SMALL[1], 16, positions.SMALL[3]))
+    arguments = ["--parts", "positions", "--label", "positions", "--repeats", "2", "--threads", "1", "--seconds", "1"]
+    bench.main([*arguments, "--output", str(tmp_path)])
+    (result,) = load(tmp_path).values()
+    for kind in positions.KINDS:
+        (cell,) = summary.find(result, part="rope", kind=kind)
+        assert set(cell["rows"]) | set(cell["skipped"]) == set(positions.RIVALS)
+        assert all(row["error"] < 1e-5 for name, row in cell["rows"].items() if name != positions.CHAIN)
+    for part, rows in (("folded", positions.FOLDED), ("training", positions.TRAINED)):
+        (cell,) = summary.find(result, part=part)
+        assert set(cell["rows"]) == set(rows)
+    assert all(len(row["seconds"]) == 2 for cell in result["cells"].values() for row in cell["rows"].values())
+    found = [t for t in targets.targets(result) if t.measured is not None]
+    others = len(positions.FOLDED) - 1
+    assert [t.needed for t in found] == [1.3, 1.3, 1.0, 1.0, *[1.5] * others]
+    tables = benchmark_tables(tmp_path)
+    assert "rotary-embedding-torch" in tables["rope_cpu_float32_positions"]
+    assert "ALiBi, training" in tables["encodings_cpu_float32_positions"]
+
+
+def test_a_wrong_rotation_is_not_timed(monkeypatch):
+    for name, size in {"BATCH": 1, "HEADS": 1, "TOKENS": 8, "WIDTH": 4}.items():
+        monkeypatch.setattr(positions, name, size)
+    row = positions.OURS[0]
+    monkeypatch.setitem(positions.RIVALS, row, positions.RIVALS[positions.OURS[1]])
+    found = positions.time_rope([row], "eager", 2, 1.0, "cpu", "float32")["rows"][row]
+    assert found["failed"].startswith("off by")
+    assert "seconds" not in found
 
 
 def test_a_part_of_its_own_file(tmp_path):
