@@ -46,9 +46,9 @@ __all__ = [
     "SinusoidalEncoding",
     "commutator_norm",
     "grid_positions",
-    "rodrigues",
     "position_similarity",
     "relative_law_residual",
+    "rodrigues",
     "score_decay",
     "turn_pairs",
 ]
