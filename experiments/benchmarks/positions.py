@@ -14,8 +14,14 @@ from experiments.benchmarks.measure import time_in_turn
 from liegroup_attn.positional import (
     AbsoluteEncoding,
     ALiBi,
+    AxialBlocks,
     BiasEncoding,
+    CayleyString,
+    CirculantString,
+    DependentBlocks,
     LearnedEncoding,
+    LieRotary,
+    PlaneRotary,
     PositionalEncoding,
     RotaryEncoding,
     RotationEncoding,
@@ -101,6 +107,11 @@ _B, _H, _N, _D = SMALL
 # Name → an encoding ready for inference, folded where it can be; RoPE first. One encoding, one row.
 FOLDED: dict[str, Callable[[], RotationEncoding]] = {
     ROPE: lambda: RotaryEncoding(_D, layout="half_split"),
+    "AxialBlocks, folded": lambda: AxialBlocks(_D, _H).fold()[1],
+    "DependentBlocks, folded": lambda: DependentBlocks(_D, _H).fold()[1],
+    "CayleyString, folded": lambda: CayleyString(_D, _H).fold()[1],
+    "CirculantString, folded": lambda: CirculantString(_D, _H).fold()[1],
+    "PlaneRotary, folded": lambda: PlaneRotary(_D, _H, num_planes=_D // 2).fold()[1],
 }
 
 # Name → an encoding as it is trained; RoPE first. One encoding, one row.
@@ -109,6 +120,12 @@ TRAINED: dict[str, Callable[[], PositionalEncoding]] = {
     "RotaryEncoding, interleaved": lambda: RotaryEncoding(_D, layout="interleaved"),
     "SinusoidalEncoding": lambda: SinusoidalEncoding(_H * _D),
     "LearnedEncoding": lambda: LearnedEncoding(_H * _D, _N),
+    "LieRotary": lambda: LieRotary(_D, _H),
+    "AxialBlocks": lambda: AxialBlocks(_D, _H),
+    "DependentBlocks": lambda: DependentBlocks(_D, _H),
+    "CayleyString": lambda: CayleyString(_D, _H),
+    "CirculantString": lambda: CirculantString(_D, _H),
+    "PlaneRotary": lambda: PlaneRotary(_D, _H, num_planes=_D // 2),
     "ALiBi": lambda: ALiBi(_H),
 }
 
