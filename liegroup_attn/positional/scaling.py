@@ -68,6 +68,11 @@ class DynamicNTK(FrequencyScaling):
         factor: s ≥ 1.
         original_length: L, trained on.
 
+    Example:
+        >>> scaling = DynamicNTK(2.0, original_length=8)  # at 16 tokens: 2·16/8 − 1 = 3
+        >>> scaling.frequencies(torch.tensor([1.0, 0.1, 0.01]), 1000.0, torch.tensor([[15.0]]))[0]
+        tensor([[1.0000, 0.0577, 0.0033]])
+
     Source: [Peng2024]_.
     """
 
@@ -92,13 +97,24 @@ class DynamicNTK(FrequencyScaling):
 class YaRN(FrequencyScaling):
     """Slow pairs are interpolated, fast ones left, with a ramp between.
 
+    The ramp is linear in the pair's index, as in the published code and in checkpoints; the paper's formula has it linear
+    in turns, which is ``Llama3Scaling(factor, beta_slow, beta_fast, original_length)``.
+
     Args:
         factor: s ≥ 1.
         original_length: L, trained on.
         beta_fast: pairs with more turns within L are left.
         beta_slow: pairs with fewer are interpolated.
-        attention_factor: default 0.1 ln s + 1.
+        attention_factor: multiplies cosines and sines; default √(1/t) = 0.1 ln s + 1.
         truncate: round the ramp's ends outwards to whole pairs, as the published code does.
+
+    Raises:
+        ValueError: numbers out of range, or so short an L that no pair turns ``beta_slow`` times.
+
+    Example:
+        >>> scaled, factor = YaRN(4.0, 2048).frequencies(torch.tensor([1.0, 0.01]), 10_000.0, torch.zeros(1, 1))
+        >>> round(factor, 4)
+        1.1386
 
     Source: [Peng2024]_.
     """
@@ -114,8 +130,17 @@ class YaRN(FrequencyScaling):
         _at_least_1(factor=self.factor, original_length=self.original_length)
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(f"beta_slow: expected 0 < beta_slow < {self.beta_fast}, got {self.beta_slow}; swap them")
+        least = 2 * math.pi * self.beta_slow
+        if self.original_length <= least:
+            raise ValueError(
+                f"original_length: expected more than 2π·beta_slow = {least:g}, got {self.original_length}; all pairs are "
+                "slow, take LinearScaling"
+            )
+        _positive(attention_factor=self.attention_factor)
 
     def frequencies(self, frequencies: Tensor, base: float, longest: Tensor) -> tuple[Tensor, float]:  # noqa: D102
+        if not base > 1:
+            raise ValueError(f"base: expected a number > 1 for YaRN, got {base}; later pairs must be slower")
         width = 2 * frequencies.size(-1)
         low, high = (
             width * math.log(self.original_length / (2 * math.pi * turns)) / (2 * math.log(base))
@@ -123,9 +148,10 @@ class YaRN(FrequencyScaling):
         )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
+        low = max(low, 0)
+        high = max(min(high, width - 1), low + 1e-3)  # where every pair is fast, low is beyond the last
         index = torch.arange(width // 2, device=frequencies.device, dtype=frequencies.dtype)
-        ramp = ((index - low) / (high - low if high != low else 1e-3)).clamp(0, 1)
+        ramp = ((index - low) / (high - low)).clamp(0, 1)
         factor = 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
         return frequencies * (1 - ramp + ramp / self.factor), factor
 
@@ -134,12 +160,23 @@ class YaRN(FrequencyScaling):
 class LongRoPE(FrequencyScaling):
     """Searched divisors of each frequency: one list up to the original length, one beyond.
 
+    The paper also leaves the first tokens of a sequence as they were; released checkpoints do not, nor does this.
+
     Args:
         short_factor: r/2 divisors for sequences up to L.
         long_factor: r/2 divisors for longer ones.
-        original_length: L, trained on.
+        original_length: L ≥ 2, trained on.
         factor: s ≥ 1, of the length.
-        attention_factor: default √(1 + ln s/ln L).
+        attention_factor: multiplies cosines and sines; default √(1 + ln s/ln L).
+
+    Raises:
+        ValueError: numbers out of range.
+        ShapeError: lists of another length than r/2, once that is known.
+
+    Example:
+        >>> longrope = LongRoPE([1.0, 1.0], [1.0, 4.0], original_length=16, factor=4.0)
+        >>> longrope.frequencies(torch.tensor([1.0, 0.1]), 100.0, torch.tensor([[16.0]]))
+        (tensor([[1.0000, 0.0250]]), 1.224744871391589)
 
     Source: [Ding2024]_.
     """
@@ -152,9 +189,14 @@ class LongRoPE(FrequencyScaling):
     fixed = False
 
     def __post_init__(self) -> None:
-        _at_least_1(factor=self.factor, original_length=self.original_length)
+        _at_least_1(factor=self.factor)
+        if not self.original_length >= 2:
+            raise ValueError(f"original_length: expected a number ≥ 2, got {self.original_length}; ln L divides")
+        _positive(attention_factor=self.attention_factor)
         for name in ("short_factor", "long_factor"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            divisors = tuple(getattr(self, name))
+            _positive(**{f"{name}[{i}]": divisor for i, divisor in enumerate(divisors)})
+            object.__setattr__(self, name, divisors)
 
     def frequencies(self, frequencies: Tensor, base: float, longest: Tensor) -> tuple[Tensor, float]:  # noqa: D102
         for name, listed in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
@@ -163,7 +205,7 @@ class LongRoPE(FrequencyScaling):
         short, long = (frequencies / frequencies.new_tensor(f) for f in (self.short_factor, self.long_factor))
         factor = self.attention_factor
         if factor is None:
-            factor = math.sqrt(1 + math.log(self.factor) / math.log(max(self.original_length, 2)))
+            factor = math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
         return torch.where(longest + 1 > self.original_length, long, short), factor
 
 
@@ -176,6 +218,11 @@ class Llama3Scaling(FrequencyScaling):
         low_frequency_factor: low.
         high_frequency_factor: high > low.
         original_length: L, trained on.
+
+    Example:
+        >>> llama = Llama3Scaling(8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
+        >>> llama.frequencies(torch.tensor([1.0, 1e-4]), 1e8, torch.zeros(1, 1))[0]
+        tensor([1.0000e+00, 1.2500e-05])
 
     Source: [Grattafiori2024]_.
     """
@@ -202,5 +249,11 @@ class Llama3Scaling(FrequencyScaling):
 
 def _at_least_1(**numbers: float) -> None:
     for name, number in numbers.items():
-        if not number >= 1:
+        if not 1 <= number < math.inf:
             raise ValueError(f"{name}: expected a number ≥ 1, got {number}; scaling lengthens")
+
+
+def _positive(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name}: expected a number > 0, got {number}; it multiplies or divides")
