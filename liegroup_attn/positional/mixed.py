@@ -39,7 +39,8 @@ class HeadFrequencies(PairRotation):
 class MixedRotary(HeadFrequencies):
     """Pair i of a head turns by Σ_p x_p f_ip, f learned; all planes turn at once, so the law holds on all axes.
 
-    Starts as axial RoPE along the axes of a random rotation of space per head (of one axis: as RoPE).
+    Starts as axial RoPE along the axes of a random rotation of space per head, pairs taking axes in turn (of one axis: as
+    RoPE).
 
     Args:
         head_width: D, even.
@@ -64,11 +65,11 @@ class MixedRotary(HeadFrequencies):
         check_sizes(num_heads=num_heads, axes=axes)
         check_pairs(head_width)
         check_base(base)
-        index = torch.arange(head_width // 2)
-        share = -(-len(index) // axes)  # pairs along one direction
+        pairs = head_width // 2
+        index = torch.arange(pairs)
         frames = torch.linalg.qr(torch.randn(num_heads, axes, axes))[0]
         frames[..., 0] *= torch.linalg.det(frames).sign()[:, None]  # a rotation: along one axis, forwards
-        along = frames[..., index // share] * base ** -(index % share / share)  # (H, P, D/2)
+        along = frames[..., index % axes] * base ** -(index // axes * axes / pairs)  # (H, P, D/2)
         super().__init__(along.mT, layout=layout)
         self.base = base
 

@@ -189,12 +189,19 @@ def test_mixed_starts_as_rope_on_one_axis_and_as_turned_axial_on_more():
     )
     frequencies = MixedRotary(12, 3, layout="half_split", axes=2, base=100.0).frequencies  # (H, 6, 2)
     size = 100.0 ** (-torch.arange(3) / 3)
-    torch.testing.assert_close(frequencies.norm(dim=-1), size.repeat(2).expand(3, -1))
-    first, second = frequencies.split(3, 1)
+    torch.testing.assert_close(frequencies.norm(dim=-1), size.repeat_interleave(2).expand(3, -1))
+    first, second = frequencies.unflatten(1, (3, 2)).unbind(2)
     torch.testing.assert_close((first * second).sum(-1), torch.zeros(3, 3))  # two directions, at a right angle
     turns = first[:, 0, 0] * second[:, 0, 1] - first[:, 0, 1] * second[:, 0, 0]
     torch.testing.assert_close(turns, torch.ones(3))  # a rotation of the plane, no mirror
     assert (first[0, 0] - first[1, 0]).abs().max() > 1e-3  # per head
+
+
+@pytest.mark.parametrize(("width", "axes"), [(8, 3), (12, 3), (12, 5), (6, 3)])
+def test_mixed_sees_every_axis_from_the_start(width, axes):
+    """Also where axes do not divide the pairs: no move leaves all angles as they were."""
+    frequencies = MixedRotary(width, 2, layout="half_split", axes=axes, base=10.0).frequencies
+    assert torch.linalg.matrix_rank(frequencies).tolist() == [axes, axes]
 
 
 @layouts
