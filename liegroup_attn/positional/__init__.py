@@ -12,6 +12,7 @@ from liegroup_attn.positional.learned import LearnedEncoding
 from liegroup_attn.positional.pairs import PairRotation, turn_pairs
 from liegroup_attn.positional.rotary import RotaryEncoding
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
+from liegroup_attn.positional.t5 import T5Bias
 
 __all__ = [
     "ALiBi",
@@ -23,6 +24,7 @@ __all__ = [
     "RotaryEncoding",
     "RotationEncoding",
     "SinusoidalEncoding",
+    "T5Bias",
     "grid_positions",
     "turn_pairs",
 ]
