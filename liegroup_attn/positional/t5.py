@@ -39,7 +39,9 @@ class T5Bias(BiasEncoding):
         check_sizes(num_buckets=num_buckets, max_distance=max_distance)
         least = 2 if is_causal else 4
         if num_buckets < least or (not is_causal and num_buckets % 2):
-            raise ShapeError(f"num_buckets: expected {'' if is_causal else 'an even number '}≥ {least}, got {num_buckets}; take 32")
+            raise ShapeError(
+                f"num_buckets: expected {'' if is_causal else 'an even number '}≥ {least}, got {num_buckets}; take 32"
+            )
         self.is_causal, self.num_buckets, self.max_distance = is_causal, num_buckets, max_distance
         self.one_way = num_buckets if is_causal else num_buckets // 2
         if max_distance <= self.one_way // 2:

@@ -9,6 +9,7 @@ from liegroup_attn.positional import (
     PositionalEncoding,
     RotaryEncoding,
     SinusoidalEncoding,
+    T5Bias,
 )
 
 C, H, D, N = 16, 2, 8, 12  # model width, heads, head width, tokens
@@ -37,4 +38,6 @@ CASES = {
         recipe={"module": "RotaryEncoding", "layout": "interleaved", "base": 500.0},
     ),
     "alibi": Case(lambda: ALiBi(H), recipe={"module": "ALiBi"}),
+    "t5": Case(lambda: T5Bias(H, is_causal=False)),
+    "t5 causal": Case(lambda: T5Bias(H, is_causal=True)),
 }
