@@ -29,6 +29,7 @@ from liegroup_attn.positional.scaling import DynamicNTK, FrequencyScaling, Linea
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
 from liegroup_attn.positional.string_encoding import CayleyString, CirculantString
 from liegroup_attn.positional.xpos import XPos
+from liegroup_attn.positional.t5 import T5Bias
 
 __all__ = [
     "ALiBi",
@@ -62,6 +63,7 @@ __all__ = [
     "complex_form",
     "convert_layout",
     "exponential_form",
+    "T5Bias",
     "grid_positions",
     "position_similarity",
     "relative_law_residual",

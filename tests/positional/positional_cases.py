@@ -23,6 +23,7 @@ from liegroup_attn.positional import (
     SinusoidalEncoding,
     XPos,
     YaRN,
+    T5Bias,
 )
 
 C, H, D, N = 16, 2, 8, 12  # model width, heads, head width, tokens
@@ -204,4 +205,6 @@ CASES = {
         lambda: PlaneRotary(D, H, num_planes=3, axes=2),
         recipe={"module": "PlaneRotary", "num_planes": 3, "axes": 2},
     ),
+    "t5": Case(lambda: T5Bias(H, is_causal=False)),
+    "t5 causal": Case(lambda: T5Bias(H, is_causal=True)),
 }
