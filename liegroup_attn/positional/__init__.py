@@ -11,6 +11,9 @@ from liegroup_attn.positional.base import (
 )
 from liegroup_attn.positional.blocks import BlockExponential
 from liegroup_attn.positional.comrope import AxialBlocks, DependentBlocks
+from liegroup_attn.positional.cope import CoPE
+from liegroup_attn.positional.fire import FIRE
+from liegroup_attn.positional.forgetting import ForgettingGate
 from liegroup_attn.positional.forms import complex_form, exponential_form, rotation_form, skew_generator
 from liegroup_attn.positional.heads import FoldedRotary, HeadRotation
 from liegroup_attn.positional.laws import (
@@ -28,10 +31,12 @@ from liegroup_attn.positional.rotary import RotaryEncoding
 from liegroup_attn.positional.scaling import DynamicNTK, FrequencyScaling, LinearScaling, Llama3Scaling, LongRoPE, YaRN
 from liegroup_attn.positional.sinusoidal import SinusoidalEncoding
 from liegroup_attn.positional.string_encoding import CayleyString, CirculantString
-from liegroup_attn.positional.xpos import XPos
 from liegroup_attn.positional.t5 import T5Bias
+from liegroup_attn.positional.unipotent import unipotent_generator, unipotent_scores
+from liegroup_attn.positional.xpos import XPos
 
 __all__ = [
+    "FIRE",
     "ALiBi",
     "AbsoluteEncoding",
     "AxialBlocks",
@@ -40,9 +45,11 @@ __all__ = [
     "BlockExponential",
     "CayleyString",
     "CirculantString",
+    "CoPE",
     "DependentBlocks",
     "DynamicNTK",
     "FoldedRotary",
+    "ForgettingGate",
     "FrequencyScaling",
     "HeadRotation",
     "LearnedEncoding",
@@ -57,13 +64,13 @@ __all__ = [
     "RotaryEncoding",
     "RotationEncoding",
     "SinusoidalEncoding",
+    "T5Bias",
     "XPos",
     "YaRN",
     "commutator_norm",
     "complex_form",
     "convert_layout",
     "exponential_form",
-    "T5Bias",
     "grid_positions",
     "position_similarity",
     "relative_law_residual",
@@ -72,4 +79,6 @@ __all__ = [
     "score_decay",
     "skew_generator",
     "turn_pairs",
+    "unipotent_generator",
+    "unipotent_scores",
 ]

@@ -4,13 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from liegroup_attn.positional import (
+    FIRE,
     ALiBi,
     AxialBlocks,
     AxialRotary,
     CayleyString,
     CirculantString,
+    CoPE,
     DependentBlocks,
     DynamicNTK,
+    ForgettingGate,
     LearnedEncoding,
     LieRotary,
     LinearScaling,
@@ -21,9 +24,9 @@ from liegroup_attn.positional import (
     PositionalEncoding,
     RotaryEncoding,
     SinusoidalEncoding,
+    T5Bias,
     XPos,
     YaRN,
-    T5Bias,
 )
 
 C, H, D, N = 16, 2, 8, 12  # model width, heads, head width, tokens
@@ -148,6 +151,9 @@ CASES = {
         recipe={"module": "XPos", "layout": "half_split"},
     ),
     "alibi": Case(lambda: ALiBi(H), recipe={"module": "ALiBi"}),
+    "fire": Case(lambda: FIRE(H, threshold=5.0), relative=False, recipe={"module": "FIRE", "threshold": 5.0}),
+    "forgetting gate": Case(lambda: ForgettingGate(C, H), recipe={"module": "ForgettingGate"}),
+    "cope": Case(lambda: CoPE(H, D, max_positions=6), recipe={"module": "CoPE", "max_positions": 6}),
     "lie, 1 axis": Case(
         lambda: LieRotary(D, H, block=4),
         recipe={"module": "LieRotary", "block": 4},

@@ -1,0 +1,72 @@
+"""FIRE: a learned function of distance over the distance to the beginning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from liegroup_attn.manifolds import PositiveVectors, hold
+from liegroup_attn.positional.base import BiasEncoding, check_sizes
+
+__all__ = ["FIRE"]
+
+_MOST_HIDDEN = 2**22  # numbers of the hidden layer at a time, where no gradient needs them all
+
+
+class FIRE(BiasEncoding):
+    """f(ψ(i − j) / ψ(max(L, i))) is added to the scores, ψ(d) = log(cd + 1), f a small network with one output a head.
+
+    However long the context, f sees numbers from 0 to 1, hence "functional interpolation". c > 0 and the threshold L > 0
+    are learned, on the manifold of positive numbers. Not relative: the same distance counts less further on, once i > L.
+
+    Args:
+        num_heads: H.
+        hidden: width of the one hidden layer of f.
+        scale: c at the start.
+        threshold: L at the start.
+
+    Raises:
+        ShapeError: sizes < 1.
+        ValueError: ``scale`` or ``threshold`` not positive.
+
+    Example:
+        >>> FIRE(2).between(torch.tensor([[3.0]]), torch.tensor([[0.0, 3.0]])).shape
+        torch.Size([2, 1, 2])
+
+    Source: [Li2024]_.
+    """
+
+    causal_only = True
+    relative = False
+    scale: Tensor
+    threshold: Tensor
+
+    def __init__(self, num_heads: int, *, hidden: int = 32, scale: float = 0.1, threshold: float = 512.0) -> None:
+        super().__init__(num_heads)
+        check_sizes(hidden=hidden)
+        for name, number in (("scale", scale), ("threshold", threshold)):
+            if not 0 < number < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {number}; the paper has 0.1 and 512")
+        self.hidden = hidden
+        hold(self, "scale", torch.tensor([float(scale)]), PositiveVectors())
+        hold(self, "threshold", torch.tensor([float(threshold)]), PositiveVectors())
+        self.inner = nn.Linear(1, hidden)
+        self.outer = nn.Linear(hidden, num_heads)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.num_heads}, hidden={self.hidden}"
+
+    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+        here, there = (at.squeeze(-3) if at.dim() > 2 else at for at in (here, there))  # heads are f's outputs
+        rows = here.size(-2)
+        if not torch.is_grad_enabled():
+            rows = max(1, _MOST_HIDDEN // max(1, there.size(-1) * self.hidden))
+        return torch.cat([self._rows(part, there) for part in here.split(max(1, rows), -2)], -2)
+
+    def _rows(self, here: Tensor, there: Tensor) -> Tensor:
+        c, least = (parameter.to(here.dtype) for parameter in (self.scale, self.threshold))
+        distance = (here - there).clamp_min(0)  # what lies ahead is hidden by the causal mask
+        share = (c * distance).log1p() / (c * torch.maximum(here, least)).log1p()
+        hidden = nn.functional.linear(share.unsqueeze(-1), *(p.to(here.dtype) for p in self.inner.parameters())).relu()
+        bias = nn.functional.linear(hidden, *(p.to(here.dtype) for p in self.outer.parameters()))  # (..., N, M, H)
+        return bias.movedim(-1, -3)
