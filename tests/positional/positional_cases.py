@@ -211,6 +211,8 @@ CASES = {
         lambda: PlaneRotary(D, H, num_planes=3, axes=2),
         recipe={"module": "PlaneRotary", "num_planes": 3, "axes": 2},
     ),
-    "t5": Case(lambda: T5Bias(H, is_causal=False)),
-    "t5 causal": Case(lambda: T5Bias(H, is_causal=True)),
+    "t5": Case(
+        lambda: T5Bias(H, is_causal=True, num_buckets=8, max_distance=16),
+        recipe={"module": "T5Bias", "num_buckets": 8, "max_distance": 16},
+    ),
 }
