@@ -50,8 +50,8 @@ def probe_table(table: Tensor, seed: int = 0) -> dict[str, float]:
         seed: of the folds.
 
     Returns:
-        ``r2`` and ``mae`` (tokens) of the position; ``order``, the share of pairs whose order is told from the
-        difference of their vectors; ``distance_r2``, of |i − j| from the products of their entries.
+        ``r2`` and ``mae`` (tokens) of the position; ``order``, the share of pairs whose order is told by the
+        sign of i − j as read from the difference of their vectors; ``distance_r2``, of |i − j| from the products of their entries.
     """
     table = table.double()
     n = len(table)
@@ -67,11 +67,10 @@ def probe_table(table: Tensor, seed: int = 0) -> dict[str, float]:
         seen[0].append((ridge(vectors[fit], position[fit])(vectors[out]), position[out]))
         (i, j), (k, m) = (torch.cartesian_prod(part, part).T for part in (fit, out))
         (i, j), (k, m) = (i[i != j], j[i != j]), (k[k != m], m[k != m])
-        signs, gaps = (i - j).sign().double(), (i - j).abs().double()
-        order = ridge(vectors[i] - vectors[j], signs, len(fit))(vectors[k] - vectors[m])
-        distance = ridge(vectors[i] * vectors[j], gaps, len(fit))(vectors[k] * vectors[m])
-        seen[1].append((order, (k - m).sign().double()))
-        seen[2].append((distance, (k - m).abs().double()))
+        apart, gap = (i - j).double(), (k - m).double()
+        seen[1].append((ridge(vectors[i] - vectors[j], apart, len(fit))(vectors[k] - vectors[m]), gap))
+        distance = ridge(vectors[i] * vectors[j], apart.abs(), len(fit))(vectors[k] * vectors[m])
+        seen[2].append((distance, gap.abs()))
     return _scores(*((torch.cat([p for p, _ in part]), torch.cat([t for _, t in part])) for part in seen))
 
 
@@ -92,9 +91,9 @@ def probe_states(fit: Tensor, out: Tensor, seed: int = 0) -> dict[str, float]:
     absolute = ridge(fit.flatten(0, 1), position.repeat(len(fit)))(out.flatten(0, 1))
     generator = torch.Generator().manual_seed(seed)
     (a, b, apart), (c, d, gap) = (_pairs(states, generator) for states in (fit, out))
-    order = ridge(a - b, apart.sign())(c - d)
+    order = ridge(a - b, apart)(c - d)
     distance = ridge(a * b, apart.abs())(c * d)
-    return _scores((absolute, position.repeat(len(out))), (order, gap.sign()), (distance, gap.abs()))
+    return _scores((absolute, position.repeat(len(out))), (order, gap), (distance, gap.abs()))
 
 
 def _pairs(states: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,7 +82,6 @@ def train(
         start = time.process_time()
         trainer.fit(model, data)
         seconds = time.process_time() - start
-        trainer.limit_val_batches = 1.0
         (last,) = L.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
         ).validate(model, data, verbose=False)
