@@ -45,12 +45,10 @@ def _distance(results: Results) -> Figure:
         title = "sinusoidal, fixed" if name == "sinusoidal" else f"learned, {name}"
         curves[title] = (range(1, len(tables[0]["curve"])), [table["curve"][1:] for table in tables])
         colors[title] = COLORS[name]
-    for role in COLORS:
-        if runs := results.get(("learned", role)):
-            title = f"learned, {role}, untrained"
-            tables = [run["untrained"]["table"] for run in runs]
-            curves[title] = (range(1, len(tables[0]["curve"])), [table["curve"][1:] for table in tables])
-            colors[title] = FAINT[role]
+    for runs in [runs for (encoding, _), runs in results.items() if encoding == "learned"][:1]:  # both start alike
+        tables = [run["untrained"]["table"] for run in runs]
+        curves["learned, untrained"] = (range(1, len(tables[0]["curve"])), [table["curve"][1:] for table in tables])
+        colors["learned, untrained"] = "#999999"
     label = "mean cosine of two positions"
     return plot_curves(
         {title: (list(x), y) for title, (x, y) in curves.items()},
@@ -66,8 +64,8 @@ def _layers(results: Results) -> Figure:
     figure = Figure(figsize=(2.5 * len(encodings) + 1.9, 6.2), layout="constrained")
     grid = figure.subplots(len(LAYERS), len(encodings), squeeze=False, sharey="row", sharex=True)
     handles: dict[str, Any] = {}
-    for row, (number, label) in zip(grid, LAYERS.items(), strict=True):
-        for ax, encoding in zip(row, encodings, strict=True):
+    for i, (number, label) in enumerate(LAYERS.items()):
+        for j, (ax, encoding) in enumerate(zip(grid[i], encodings, strict=True)):
             curves, colors = {}, {}
             for role in ("encoder", "decoder"):
                 for when, palette in (("trained", COLORS), ("untrained", FAINT)):
@@ -77,14 +75,20 @@ def _layers(results: Results) -> Figure:
                         title = f"{role}, {when}"
                         curves[title] = (list(range(len(values[0]))), values)
                         colors[title] = palette[role]
-            first = ax is row[0]
             plot_curves(
-                curves, ax=ax, xlabel="block" if row is grid[-1] else "", ylabel=label if first else "", colors=colors
+                curves,
+                ax=ax,
+                xlabel="after block" if i == len(LAYERS) - 1 else "",
+                ylabel=label if j == 0 else "",
+                colors=colors,
             )
+            for line in ax.lines:
+                line.set(marker="", linestyle=(0, (3, 1.5)) if str(line.get_label()).endswith("untrained") else "-")
             handles |= {line.get_label(): line for line in ax.lines}
             if ax.get_legend() is not None:
                 ax.get_legend().remove()
-            ax.set_xticks(range(len(next(iter(curves.values()))[0])))
+            blocks = len(next(iter(curves.values()))[0]) - 1
+            ax.set_xticks(range(blocks + 1), ["input", *(str(b + 1) for b in range(blocks))])
             ax.set_ylim((0.45, 1.02) if number == "order" else (LEAST - 0.03, 1.03))
             if number == "r2":
                 ax.set_title(encoding, fontsize=10)

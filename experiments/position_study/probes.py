@@ -14,6 +14,7 @@ __all__ = ["locality", "probe_states", "probe_table", "ridge"]
 FOLDS = 8  # of a table's positions
 PAIRS = 32  # a window
 NEAR = 2  # tokens
+CAUTION = 1.4
 
 
 def ridge(x: Tensor, y: Tensor, independent: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -27,7 +28,8 @@ def ridge(x: Tensor, y: Tensor, independent: int | None = None) -> Callable[[Ten
     Returns:
         The fit, (M, F) → (M,).
 
-    Source: [Golub1979]_.
+    The score is Golub, Heath and Wahba's (Technometrics 21, 1979) with Kim and Gu's factor (J. R. Stat. Soc. B 66, 2004),
+    without which it now and then fits noise where there are not many more samples than features.
     """
     mean, middle = x.mean(0), y.mean()
     u, s, vt = torch.linalg.svd(x - mean, full_matrices=False)
@@ -35,7 +37,7 @@ def ridge(x: Tensor, y: Tensor, independent: int | None = None) -> Callable[[Ten
     best, weights = torch.inf, torch.zeros_like(mean)
     for penalty in torch.logspace(-8, 2, 41, dtype=x.dtype) * s[0].square().clamp(min=1e-30):
         kept = s.square() / (s.square() + penalty)
-        freedom = 1 - float(1 + kept.sum()) / samples
+        freedom = 1 - CAUTION * float(1 + kept.sum()) / samples
         left = float(total - ((2 * kept - kept.square()) * along.square()).sum())
         if freedom > 0 and (score := max(left, 0.0) / freedom**2) < best:
             best, weights = score, vt.mT @ (kept / s.clamp(min=1e-30) * along)
@@ -108,11 +110,15 @@ def _pairs(states: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 def _scores(
     absolute: tuple[Tensor, Tensor], order: tuple[Tensor, Tensor], distance: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
+    """What is read is kept within the positions and distances that there are: a rare byte may send a fit far off."""
+    (position, where), (gap, apart) = absolute, distance
+    last = float(where.max())
+    position, gap = position.clamp(0, last), gap.clamp(1, last)
     return {
-        "r2": _r2(*absolute),
-        "mae": float((absolute[0] - absolute[1]).abs().mean()),
+        "r2": _r2(position, where),
+        "mae": float((position - where).abs().mean()),
         "order": float((order[0] * order[1] > 0).double().mean()),
-        "distance_r2": _r2(*distance),
+        "distance_r2": _r2(gap, apart),
     }
 
 

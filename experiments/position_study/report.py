@@ -86,27 +86,29 @@ def _table(run: Run, number: str, when: str = "trained") -> float:
 
 
 TABLE_NUMBERS = {
-    "r2": ("position R²", "{:.2f}"),
+    "r2": ("position R²", "{:z.2f}"),
     "mae": ("position, error in tokens", "{:.1f}"),
     "order": ("order right, %", "{:.0f}"),
-    "distance_r2": ("distance R²", "{:.2f}"),
-    "near": ("cosine, 1–2 apart", "{:.2f}"),
-    "far": ("cosine, far apart", "{:.2f}"),
-    "contrast": ("contrast", "{:.2f}"),
-    "mass": ("mass within 2", "{:.2f}"),
-    "rows": ("neighbouring rows, r", "{:.2f}"),
+    "distance_r2": ("distance R²", "{:z.2f}"),
+    "near": ("cosine, 1–2 apart", "{:z.2f}"),
+    "far": ("cosine, far apart", "{:z.2f}"),
+    "contrast": ("contrast", "{:z.2f}"),
+    "mass": ("mass within 2", "{:z.2f}"),
+    "rows": ("neighbouring rows, r", "{:z.2f}"),
 }
 
 
 def _embeddings(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Learned tables, as they started and ended; the fixed one once."""
+    """Learned tables, as they started, in both roles alike, and as they ended; the fixed one once."""
     rows = []
     for (mixing, encoding, role), runs in results.items():
-        if runs[0]["trained"]["table"] is None or (encoding == "sinusoidal" and role != _first_role(results, mixing)):
+        if runs[0]["trained"]["table"] is None or (
+            encoding == "sinusoidal" and not _first(results, mixing, encoding, role)
+        ):
             continue
         learned = encoding == "learned"
-        for when in ("untrained", "trained") if learned else ("trained",):
-            name = f"learned, {role}, {when}" if learned else "sinusoidal, fixed"
+        for when in ("untrained", "trained") if learned and _first(results, mixing, encoding, role) else ("trained",):
+            name = f"learned, {role if when == 'trained' else when}" if learned else "sinusoidal, fixed"
             own = runs if learned else runs[:1]
             numbers = [
                 _spread([(100 if key == "order" else 1) * _table(run, key, when) for run in own], form)
@@ -116,8 +118,9 @@ def _embeddings(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["mixing", "table", *(title for title, _ in TABLE_NUMBERS.values())], rows
 
 
-def _first_role(results: Results, mixing: str) -> str:
-    return next(role for m, encoding, role in results if m == mixing and encoding == "sinusoidal")
+def _first(results: Results, *key: str) -> bool:
+    """Whether this role is the first that has the mixing and the encoding."""
+    return next(role for *other, role in results if other == [*key[:2]]) == key[2]
 
 
 def _hidden(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -168,7 +171,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def _spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+def _spread(values: Sequence[float], form: str = "{:z.2f}") -> str:
     mean = form.format(statistics.fmean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
