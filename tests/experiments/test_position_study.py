@@ -35,7 +35,9 @@ def test_ridge_finds_a_line_and_prefers_nothing_to_noise():
 def test_positions_on_a_line_are_read_and_random_ones_are_not():
     line = POSITION[:, None] * torch.randn(16, dtype=torch.float64) + 5
     found = probe_table(line)
-    assert found["r2"] > 0.999 and found["mae"] < 0.1 and found["order"] == 1.0
+    assert found["r2"] > 0.999
+    assert found["mae"] < 0.1
+    assert found["order"] == 1.0
     random = [probe_table(torch.randn(64, 64, generator=torch.Generator().manual_seed(s))) for s in range(8)]
     for name, most in {"r2": 0.0, "distance_r2": 0.05}.items():
         assert sum(r[name] for r in random) / 8 <= most
@@ -56,17 +58,23 @@ def test_states_are_read_in_windows_that_the_fit_has_not_seen():
     assert probe_states(fit, out)["r2"] > 0.99
     assert probe_states(fit, out)["order"] > 0.95
     noise = probe_states(torch.randn(20, 64, 8), torch.randn(20, 64, 8))
-    assert noise["r2"] < 0.01 and noise["distance_r2"] < 0.01 and abs(noise["order"] - 0.5) < 0.1
+    assert noise["r2"] < 0.01
+    assert noise["distance_r2"] < 0.01
+    assert abs(noise["order"] - 0.5) < 0.1
     assert noise["mae"] == pytest.approx(16.0, abs=0.3)  # that of the mean of 0 … 63
 
 
 def test_a_ring_of_bumps_is_local_and_equal_vectors_are_not():
     numbers, curve, similarity = locality(_circle())
-    assert numbers["contrast"] > 0.5 and numbers["mass"] > 5 and numbers["rows"] > 0.8
-    assert curve[0] == pytest.approx(1.0) and curve[1] > curve[2] > curve[8]
+    assert numbers["contrast"] > 0.5
+    assert numbers["mass"] > 5
+    assert numbers["rows"] > 0.8
+    assert curve[0] == pytest.approx(1.0)
+    assert curve[1] > curve[2] > curve[8]
     torch.testing.assert_close(similarity.roll((1, 1), (0, 1)), similarity)  # circulant
     flat, _, _ = locality(torch.ones(64, 8))
-    assert flat["contrast"] == pytest.approx(0.0) and flat["mass"] == pytest.approx(1.0)
+    assert flat["contrast"] == pytest.approx(0.0)
+    assert flat["mass"] == pytest.approx(1.0)
     wide, _, _ = locality(_circle(8.0))
     assert wide["mass"] < numbers["mass"]
 
@@ -121,7 +129,8 @@ def test_json_holds_what_was_measured(studied):
     for (_, encoding, role), runs in results.items():
         assert [one["seed"] for one in runs] == [0, 1]
         for one in runs:
-            assert one["role"] == role and math.isfinite(one["validation_loss"])
+            assert one["role"] == role
+            assert math.isfinite(one["validation_loss"])
             assert one["setting"]["sha256"] == one["data"]["sha256"]
             assert {"hardware", "versions", "date", "code"} <= set(one)
             for when in ("untrained", "trained"):
@@ -132,11 +141,12 @@ def test_json_holds_what_was_measured(studied):
     starts = [results["softmax", "learned", role][0]["untrained"]["table"] for role in ROLES]
     assert starts[0] == starts[1]  # the control is one
     ends = [results["softmax", "learned", role][0]["trained"]["table"] for role in ROLES]
-    assert ends[0]["map"] != ends[1]["map"] and len(ends[0]["map"]) == len(ends[0]["curve"]) == 16
+    assert ends[0]["map"] != ends[1]["map"]
+    assert len(ends[0]["map"]) == len(ends[0]["curve"]) == 16
 
 
 def test_the_same_command_again_trains_nothing(studied, monkeypatch):
-    folder, arguments = studied
+    _, arguments = studied
     monkeypatch.setattr(run, "train", lambda *a: pytest.fail("trained again"))
     run.main(arguments)
     with pytest.raises(ValueError, match=r"with another \(steps\); delete it"):
@@ -166,8 +176,7 @@ def test_tables_and_figures(studied):
     extra.unlink()
 
 
-def test_claims_are_differences_of_the_tables_of_one_seed(studied):
-    folder, _ = studied
+def test_claims_are_differences_of_the_tables_of_one_seed():
     encoder, decoder = (
         {"trained": {"table": t}, "untrained": {"table": dict.fromkeys(t, 0.0)}}
         for t in (
@@ -202,4 +211,5 @@ def test_tables_that_are_too_small():
 
 
 def test_nothing_without_results(tmp_path):
-    assert report.report(tmp_path) == [] and report.study_tables(tmp_path) == {}
+    assert report.report(tmp_path) == []
+    assert report.study_tables(tmp_path) == {}
