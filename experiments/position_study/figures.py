@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from liegroup_attn.plots import plot_curves, plot_similarity
@@ -36,7 +37,15 @@ def _tables(results: Results) -> dict[str, list[dict[str, Any]]]:
 def _similarity(results: Results) -> Figure:
     """Of the first seed."""
     titles = {"encoder": "learned, encoder", "decoder": "learned, decoder", "sinusoidal": "sinusoidal, fixed"}
-    return plot_similarity({titles[name]: tables[0]["map"] for name, tables in _tables(results).items()})[0]
+    return plot_similarity({titles[name]: _map(tables[0]) for name, tables in _tables(results).items()})[0]
+
+
+def _map(table: dict[str, Any]) -> np.ndarray:
+    """Of sinusoidal positions the curve says all: their similarity is a function of distance."""
+    if "map" in table:
+        return np.array(table["map"])
+    places = np.arange(len(table["curve"]))
+    return np.array(table["curve"])[abs(places[:, None] - places)]
 
 
 def _distance(results: Results) -> Figure:

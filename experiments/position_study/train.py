@@ -100,7 +100,7 @@ def train(
         "cpu_seconds": round(seconds, 2),
         "validation_loss": last["validation/loss"],
         **found,
-        "trained": _probe(model, windows, keep_map=encoding != "rotary"),
+        "trained": _probe(model, windows, keep_map=encoding == "learned"),
     }
 
 
