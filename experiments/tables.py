@@ -12,6 +12,7 @@ from typing import Any
 from experiments.benchmarks.report import benchmark_tables
 from experiments.drop_in.report import drop_in_tables
 from experiments.fine_tune.report import fine_tune_tables
+from experiments.position_study.report import study_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
@@ -45,7 +46,8 @@ def fill_tables(path: Path, output: Path) -> bool:
     """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
 
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
-    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of ``rate_recovery``, ``drop_in`` or ``fine_tune``.
+    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of ``rate_recovery``, ``drop_in``,
+    ``fine_tune`` or ``position_study``.
     """
     text, others = path.read_text(), other_tables(output)
 
@@ -61,8 +63,8 @@ def fill_tables(path: Path, output: Path) -> bool:
 
 
 def other_tables(output: Path) -> dict[str, str]:
-    """Tables of the benchmark, the recovery, the drop-ins and the fine-tuning, by the names of their markers."""
-    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables
+    """Tables of all but the compared variants, by the names of their markers."""
+    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables, study_tables
     return {name: text for of in tables for name, text in of(output).items()}
 
 

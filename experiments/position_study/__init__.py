@@ -1,0 +1,1 @@
+"""What position embeddings learn in an encoder and in a decoder."""

@@ -1,0 +1,193 @@
+"""Tables and figures of the study of positions from its JSON alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.position_study.figures import figures
+
+__all__ = ["CLAIMS", "FOLDER", "load", "report", "study_tables"]
+
+FOLDER = "position_study"
+Run = dict[str, Any]
+Results = dict[tuple[str, str, str], list[Run]]  # (mixing, encoding, role) → runs by seed
+# title → number of an encoder's and a decoder's learned table of the same seed, above 0 where the claim holds
+CLAIMS: dict[str, Callable[[Run, Run], float]] = {
+    "decoder: position is read better than from the encoder's table (R², difference)": lambda e, d: (
+        _table(d, "r2") - _table(e, "r2")
+    ),
+    "decoder: position is read better than before training (R², difference)": lambda e, d: (
+        _table(d, "r2") - _table(d, "r2", "untrained")
+    ),
+    "encoder: neighbours stand out more than in the decoder's table (contrast, difference)": lambda e, d: (
+        _table(e, "contrast") - _table(d, "contrast")
+    ),
+    "encoder: neighbours stand out more than before training (contrast, difference)": lambda e, d: (
+        _table(e, "contrast") - _table(e, "contrast", "untrained")
+    ),
+    "encoder: more of the similarity is within 2 tokens than in the decoder's table (mass, difference)": lambda e, d: (
+        _table(e, "mass") - _table(d, "mass")
+    ),
+}
+
+
+def load(output: Path) -> Results:
+    """(mixing, encoding, role) → its runs by seed.
+
+    Raises:
+        ValueError: results of several settings.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted((output / FOLDER / "results").glob("*-seed*.json"))]
+    if len({json.dumps(run["setting"], sort_keys=True) for run in runs}) > 1:
+        raise ValueError(
+            f"{FOLDER}: expected results of one setting, got several in {output}; delete the outdated files or choose "
+            "another --output"
+        )
+    # softmax before exp, learned before what is fixed, encoder before decoder
+    places = {name: i for i, name in enumerate(("softmax", "learned", "sinusoidal", "encoder"))}
+    found: Results = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        found.setdefault((run["mixing"], run["encoding"], run["role"]), []).append(run)
+    return dict(sorted(found.items(), key=lambda item: [places.get(name, 9) for name in item[0]]))
+
+
+def report(output: Path) -> list[Path]:
+    """Write table.md and figures/*.png beside the results; returns what was written."""
+    folder, results = output / FOLDER, load(output)
+    if not results:
+        return []
+    written = [folder / "table.md"]
+    written[0].write_text("\n".join(study_tables(output).values()))
+    (folder / "figures").mkdir(exist_ok=True)
+    for mixing in dict.fromkeys(key[0] for key in results):
+        own = {key[1:]: runs for key, runs in results.items() if key[0] == mixing}
+        for name, figure in figures(own).items():
+            written.append(folder / "figures" / f"{mixing}_{name}.png")
+            figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+    return written
+
+
+def study_tables(output: Path) -> dict[str, str]:
+    """Markdown by the names of its markers."""
+    results = load(output)
+    if not results:
+        return {}
+    source = f"\n{_provenance(results)}\n"
+    made = {"embeddings": _embeddings(results), "hidden": _hidden(results), "claim": _claims(results)}
+    return {f"{FOLDER}_{name}": _markdown(*rows) + source for name, rows in made.items() if rows[1]}
+
+
+def _table(run: Run, number: str, when: str = "trained") -> float:
+    return float(run[when]["table"][number])
+
+
+TABLE_NUMBERS = {
+    "r2": ("position R²", "{:z.2f}"),
+    "mae": ("position, error in tokens", "{:.1f}"),
+    "order": ("order right, %", "{:.0f}"),
+    "distance_r2": ("distance R²", "{:z.2f}"),
+    "near": ("cosine, 1–2 apart", "{:z.2f}"),
+    "far": ("cosine, far apart", "{:z.2f}"),
+    "contrast": ("contrast", "{:z.2f}"),
+    "mass": ("mass within 2", "{:z.2f}"),
+    "rows": ("neighbouring rows, r", "{:z.2f}"),
+}
+
+
+def _embeddings(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Learned tables, as they started, in both roles alike, and as they ended; the fixed one once."""
+    rows = []
+    for (mixing, encoding, role), runs in results.items():
+        if runs[0]["trained"]["table"] is None or (
+            encoding == "sinusoidal" and not _first(results, mixing, encoding, role)
+        ):
+            continue
+        learned = encoding == "learned"
+        for when in ("untrained", "trained") if learned and _first(results, mixing, encoding, role) else ("trained",):
+            name = f"learned, {role if when == 'trained' else when}" if learned else "sinusoidal, fixed"
+            own = runs if learned else runs[:1]
+            numbers = [
+                _spread([(100 if key == "order" else 1) * _table(run, key, when) for run in own], form)
+                for key, (_, form) in TABLE_NUMBERS.items()
+            ]
+            rows.append([mixing, name, *numbers])
+    return ["mixing", "table", *(title for title, _ in TABLE_NUMBERS.values())], rows
+
+
+def _first(results: Results, *key: str) -> bool:
+    """Whether this role is the first that has the mixing and the encoding."""
+    return next(role for *other, role in results if other == [*key[:2]]) == key[2]
+
+
+def _hidden(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Position and order from hidden states, first and last; and what the model is worth."""
+    header = ["mixing", "positions", "model", "validation, nats per byte"]
+    header += ["position R²: tokens", "after the last block", "untrained", "order right, %: after the last block"]
+    header += ["distance R²: after the last block", "CPU s"]
+    rows = []
+    for (mixing, encoding, role), runs in results.items():
+        first, last = ([run["trained"]["layers"][layer] for run in runs] for layer in (0, -1))
+        rows.append(
+            [
+                mixing,
+                encoding,
+                role,
+                _spread([run["validation_loss"] for run in runs], "{:.3f}"),
+                _spread([numbers["r2"] for numbers in first]),
+                _spread([numbers["r2"] for numbers in last]),
+                _spread([run["untrained"]["layers"][-1]["r2"] for run in runs]),
+                _spread([100 * numbers["order"] for numbers in last], "{:.0f}"),
+                _spread([numbers["distance_r2"] for numbers in last]),
+                _spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
+            ]
+        )
+    return header, rows
+
+
+def _claims(results: Results) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for mixing in dict.fromkeys(key[0] for key in results):
+        encoders, decoders = (
+            {run["seed"]: run for run in results.get((mixing, "learned", role), [])} for role in ("encoder", "decoder")
+        )
+        seeds = sorted(set(encoders) & set(decoders))
+        for title, claim in CLAIMS.items() if seeds else ():
+            values = [claim(encoders[seed], decoders[seed]) for seed in seeds]
+            rows.append([mixing, title, _spread(values), f"{sum(value > 0 for value in values)} of {len(values)}"])
+    return ["mixing", "what must be above 0", "found", "seeds in which it is"], rows
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    words = next((i for i, cell in enumerate(rows[0]) if cell[:1] in "−-0123456789"), len(header))
+    aligned = [":--"] * words + ["--:"] * (len(header) - words)
+    return (
+        "".join(f"| {' | '.join(row)} |\n" for row in [header])
+        + f"|{'|'.join(aligned)}|\n"
+        + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    )
+
+
+def _spread(values: Sequence[float], form: str = "{:z.2f}") -> str:
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _provenance(results: Results) -> str:
+    runs = [run for group in results.values() for run in group]
+    setting, seeds = runs[0]["setting"], sorted({run["seed"] for run in runs})
+
+    def each(key: str, name: str) -> str:
+        return ", ".join(sorted({str(run[key][name]) for run in runs}))
+
+    spread = "mean ± s.d. over seeds" if len(seeds) > 1 else "one run, no spread: seed"
+    return (
+        f"{spread} {', '.join(map(str, seeds))}; width {setting['width']}, {setting['depth']} blocks, "
+        f"{setting['steps']} steps of {setting['batch_size']} × {setting['context']} bytes; corpus {setting['corpus']}, sha256 "
+        f"{setting['sha256'][:12]}…; {each('hardware', 'name')}, {each('hardware', 'threads')} thread a run; "
+        f"torch {each('versions', 'torch')}; {', '.join(sorted({run['date'] for run in runs}))}. Written by `liegroup-attn "
+        "position-study` from `results/*.json`."
+    )

@@ -1,0 +1,132 @@
+"""Train encoders and decoders with several encodings, probe what they know of positions; then tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments.draw import draw
+from experiments.position_study.probes import FOLDS
+from experiments.position_study.report import FOLDER
+from experiments.position_study.train import ENCODINGS, MIXINGS, ROLES, corpus_of, train
+from experiments.results import write_json
+
+__all__ = ["main"]
+
+FIXED: dict[str, Any] = {"width": 64, "depth": 2, "num_heads": 4, "learning_rate": 3e-3, "warmup_steps": 50}
+Key = tuple[str, str, str, int]  # mixing, role, encoding, seed
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``liegroup-attn position-study``."""
+    args = _parse(argv)
+    setting = _setting(args)
+    console = Console()
+    folder = args.output / FOLDER / "results"
+    keys = list(dict.fromkeys(itertools.product(args.mixings, args.roles, args.encodings, args.seeds)))
+    waiting = [key for key in keys if not _finished(_path(folder, key), setting)]
+    if len(waiting) < len(keys):
+        console.print(f"{len(keys) - len(waiting)} of {len(keys)} runs are finished already in {folder}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(f"{args.jobs} at a time", total=len(waiting))
+            for key, found in _results(waiting, setting, args):
+                write_json(_path(folder, key), found)
+                progress.update(bar, advance=1, description=_path(folder, key).stem)
+    except KeyboardInterrupt:
+        console.print("\nstopped; finished runs are kept, and the same command again resumes")
+        sys.exit(130)
+    for written in draw(args.output, [FOLDER]):
+        console.print(f"wrote {written}")
+    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="liegroup-attn position-study",
+        description="Train small encoders (masked bytes) and decoders (next byte) with several encodings of positions, and read "
+        "positions from their tables and hidden states. Finished runs are kept: the same command again resumes.",
+    )
+    parser.add_argument("--mixings", nargs="+", choices=list(MIXINGS), default=["softmax"])
+    parser.add_argument("--roles", nargs="+", choices=list(ROLES), default=list(ROLES))
+    parser.add_argument("--encodings", nargs="+", choices=list(ENCODINGS), default=list(ENCODINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--corpus", default="tinyshakespeare", help="as ByteCorpus takes it")
+    parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--context", type=int, default=64, help="bytes a window")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--eval-windows", type=int, default=256, help="of validation, and of test")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default one a core")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--output", type=Path, default=Path("runs/position-study"), help="results, tables, figures")
+    return parser.parse_args(argv)
+
+
+def _setting(args: argparse.Namespace) -> dict[str, Any]:
+    """What all files of a folder must share."""
+    sizes = {name: getattr(args, name) for name in ("steps", "batch_size", "eval_windows", "jobs", "threads")}
+    for name, size, least in [*((name, size, 1) for name, size in sizes.items()), ("seeds", min(args.seeds), 0)]:
+        if size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}; raise it")
+    if args.context < 2 * FOLDS:
+        raise ValueError(
+            f"context: expected at least {2 * FOLDS}, got {args.context}; the probes need two positions a fold"
+        )
+    names = ("corpus", "context", "batch_size", "steps", "eval_windows")
+    setting = {name: getattr(args, name) for name in names} | FIXED
+    data = corpus_of(setting, args.path)
+    data.prepare_data()
+    return setting | {"sha256": data.corpus_sha256}
+
+
+def _path(folder: Path, key: Key) -> Path:
+    mixing, role, encoding, seed = key
+    return folder / f"{mixing}-{role}-{encoding}-seed{seed}.json"
+
+
+def _finished(path: Path, setting: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    if (stored := json.loads(path.read_text())["setting"]) != setting:
+        different = ", ".join(name for name in setting if stored.get(name) != setting[name])
+        raise ValueError(
+            f"output: expected results with this command's setting, got {path} with another ({different}); delete it, or "
+            "pass another --output"
+        )
+    return True
+
+
+def _results(
+    waiting: list[Key], setting: dict[str, Any], args: argparse.Namespace
+) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Each run as it ends; in this process where there is one job."""
+    options = setting, args.path, args.threads
+    if args.jobs == 1 or len(waiting) < 2:
+        for key in waiting:
+            yield key, train(*key, *options)
+        return
+    # spawn: a fork of a process in which torch has started threads may hang
+    pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(train, *key, *options): key for key in waiting}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
