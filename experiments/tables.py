@@ -12,6 +12,7 @@ from typing import Any
 from experiments.benchmarks.report import benchmark_tables
 from experiments.drop_in.report import drop_in_tables
 from experiments.fine_tune.report import fine_tune_tables
+from experiments.positions.report import positions_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
@@ -61,8 +62,8 @@ def fill_tables(path: Path, output: Path) -> bool:
 
 
 def other_tables(output: Path) -> dict[str, str]:
-    """Tables of the benchmark, the recovery, the drop-ins and the fine-tuning, by the names of their markers."""
-    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables
+    """Tables of the benchmark, the recovery, the drop-ins, the fine-tuning and the positions, by the names of their markers."""
+    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables, positions_tables
     return {name: text for of in tables for name, text in of(output).items()}
 
 

@@ -27,6 +27,7 @@ _EXPERIMENTS = {
     "recover": "experiments.rate_recovery.run",
     "drop-in": "experiments.drop_in.run",
     "fine-tune": "experiments.fine_tune.run",
+    "positions": "experiments.positions.run",
 }
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
@@ -38,6 +39,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
   liegroup-attn recover [--help]    find a known generator again from transition counts, table and figure (from a clone)
   liegroup-attn drop-in [--help]    convert models of several libraries and measure what must hold, table (from a clone)
   liegroup-attn fine-tune [--help]  train GPT-2 with softmax, convert it and train on, table and figures (from a clone)
+  liegroup-attn positions [--help]  train every positional encoding beside every way of mixing, tables and figures (from a clone)
   liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
 """
 
