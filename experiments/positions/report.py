@@ -44,7 +44,9 @@ def rows(runs: Sequence[Result]) -> Rows:
         if own:
             found[choice.title] = _by_mixing(own)
         for scaling, scaled in RESCALED.items():
-            tests = [run | {"test": run["test"] | run["rescaled"][scaling]} for run in own if scaling in run["rescaled"]]
+            tests = [
+                run | {"test": run["test"] | run["rescaled"][scaling]} for run in own if scaling in run["rescaled"]
+            ]
             if tests:
                 found[scaled.title] = _by_mixing(tests)
     return found
@@ -132,9 +134,7 @@ def _cost(runs: Sequence[Result]) -> str:
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     shown = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join(
-        [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|", *shown, ""]
-    )
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|", *shown, ""])
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
@@ -153,7 +153,9 @@ def _provenance(runs: Sequence[Result]) -> str:
         return ", ".join(sorted({str(run[key][name]) for run in runs}))
 
     seeds = sorted({run["seed"] for run in runs})
-    counts = {len([r for r in runs if (r["encoding"], r["mixing"]) == (run["encoding"], run["mixing"])]) for run in runs}
+    counts = {
+        len([r for r in runs if (r["encoding"], r["mixing"]) == (run["encoding"], run["mixing"])]) for run in runs
+    }
     of = f"mean ± s.d. over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}, no spread"
     parts = [
         of + ("" if len(counts) == 1 else "; some cells have fewer seeds"),

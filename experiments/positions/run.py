@@ -61,7 +61,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     names = list(dict.fromkeys([*ENCODINGS, *IMAGE_ENCODINGS]))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--encodings", nargs="+", choices=names, default=names, help="those that a task has are run on it")
+    parser.add_argument(
+        "--encodings", nargs="+", choices=names, default=names, help="those that a task has are run on it"
+    )
     parser.add_argument("--mixings", nargs="+", choices=list(MIXINGS), default=list(MIXINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps-factor", type=float, default=1.0, help="times the steps of every task")
@@ -86,22 +88,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """All that are asked for, seed by seed, so that a run that is stopped has whole tables of fewer seeds."""
-    settings = {task: _setting(task, args) for task in args.tasks}
     folder = args.output / FOLDER / "results"
-    found = []
-    for seed in dict.fromkeys(args.seeds):
-        for task in args.tasks:
-            for encoding, choice in TASKS[task].encodings.items():
-                for mixing in args.mixings:
-                    if encoding not in args.encodings or (mixing == "softmax" and choice.attention):
-                        continue
-                    path = folder / f"{task}-{encoding}-{mixing}-seed{seed}.json"
-                    found.append(Cell(task, encoding, mixing, seed, settings[task], args.corpus, args.path, path))
-    if not found:
+    wanted = [
+        (task, encoding, mixing)
+        for task in args.tasks
+        for encoding, choice in TASKS[task].encodings.items()
+        for mixing in args.mixings
+        if encoding in args.encodings and not (mixing == "softmax" and choice.attention)
+    ]
+    if not wanted:
         raise ValueError(
             f"encodings: expected some that {args.tasks} have with {args.mixings}, got {args.encodings}; choose others"
         )
-    return found
+    settings = {task: _setting(task, args) for task in dict.fromkeys(task for task, _, _ in wanted)}
+    return [
+        Cell(task, encoding, mixing, seed, settings[task], args.corpus, args.path, folder / f"{name}.json")
+        for seed in dict.fromkeys(args.seeds)
+        for task, encoding, mixing in wanted
+        for name in [f"{task}-{encoding}-{mixing}-seed{seed}"]
+    ]
 
 
 def _setting(task: str, args: argparse.Namespace) -> dict[str, Any]:
