@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.positions.encodings import MIXINGS
+from experiments.positions.encodings import ENCODINGS, MIXINGS, RESCALED
 from liegroup_attn.plots import plot_curves
 
 __all__ = ["dots", "lines"]
@@ -16,9 +16,10 @@ __all__ = ["dots", "lines"]
 Rows = dict[str, dict[str, list[dict[str, Any]]]]
 COLORS = {"softmax": "#000000", "first_hop": "#0072B2", "exp": "#D55E00"}  # Okabe–Ito, as in the other figures
 MARKS = {"softmax": "s", "first_hop": "o", "exp": "D"}
+# of none, sinusoidal, learned; RoPE, its scalings at test, XPos; biases; rates
 PALETTE = (
-    "#000000", "#7F7F7F", "#B5B5B5", "#D55E00", "#E69F00", "#B8860B", "#F0C27B", "#8C2D04", "#0072B2", "#56B4E9",
-    "#009E73", "#66C2A5", "#CC79A7", "#7B3294", "#A6761D",
+    "#000000", "#7F7F7F", "#B5B5B5", "#0072B2", "#56B4E9", "#88CCEE", "#332288", "#009E73", "#D55E00", "#E69F00",
+    "#8C2D04", "#CC79A7", "#7B3294", "#66C2A5", "#F4A582",
 )  # fmt: skip
 PARTS = {"all": "all positions", "last": "last {} positions"}
 
@@ -30,7 +31,10 @@ def lines(rows: Rows, unit: str) -> Figure:
     mixings = [name for name in MIXINGS if any(name in by for by in rows.values())]
     figure = Figure(figsize=(3.4 * len(mixings) + 2.2, 6.2), layout="constrained")
     grid = figure.subplots(2, len(mixings), sharex=True, sharey=True, squeeze=False)
-    colors = {title: PALETTE[place % len(PALETTE)] for place, title in enumerate(rows)}
+    titles = [choice.title for choice in ENCODINGS.values()]
+    after = titles.index(ENCODINGS["rope"].title) + 1
+    titles[after:after] = [choice.title for choice in RESCALED.values()]
+    colors = dict(zip(titles, PALETTE, strict=False))
     shown: list[float] = []
     for row, (key, part) in zip(grid, PARTS.items(), strict=True):
         for ax, mixing in zip(row, mixings, strict=True):
@@ -51,7 +55,7 @@ def lines(rows: Rows, unit: str) -> Figure:
     for ax in grid[-1]:
         ax.set_xlabel("context at test (bytes)", fontsize=9)
     _limit(grid[0][0], shown)
-    handles = {}
+    handles: dict[str, Any] = {}
     for ax in grid.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     ordered = [title for title in rows if title in handles]
