@@ -14,6 +14,7 @@ from experiments.benchmarks import report as benchmarks
 from experiments.drop_in import report as drop_in
 from experiments.fine_tune import report as fine_tune
 from experiments.position_study import report as position_study
+from experiments.positions import report as positions
 from experiments.rate_recovery import report as rate_recovery
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
@@ -21,7 +22,10 @@ from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matric
 
 __all__ = ["draw"]
 
-REPORTS = {module.FOLDER: module.report for module in (benchmarks, rate_recovery, drop_in, fine_tune, position_study)}
+REPORTS = {
+    module.FOLDER: module.report
+    for module in (benchmarks, rate_recovery, drop_in, fine_tune, position_study, positions)
+}
 DRAWN = (*EXPERIMENTS, *REPORTS)
 # One colour a variant in every figure (Okabe–Ito).
 COLORS = {
@@ -45,7 +49,7 @@ def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
     Args:
         output: holds ``<experiment>/results/*.json``; the repository's ``experiments`` folder also has its READMEs
             filled.
-        experiments: names, also ``benchmarks``, ``rate_recovery``, ``drop_in``, ``fine_tune`` and ``position_study``.
+        experiments: names, also those of ``REPORTS``.
 
     Returns:
         The files written.

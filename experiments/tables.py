@@ -13,6 +13,7 @@ from experiments.benchmarks.report import benchmark_tables
 from experiments.drop_in.report import drop_in_tables
 from experiments.fine_tune.report import fine_tune_tables
 from experiments.position_study.report import study_tables
+from experiments.positions.report import positions_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
 
@@ -64,7 +65,14 @@ def fill_tables(path: Path, output: Path) -> bool:
 
 def other_tables(output: Path) -> dict[str, str]:
     """Tables of all but the compared variants, by the names of their markers."""
-    tables = benchmark_tables, recovery_tables, drop_in_tables, fine_tune_tables, study_tables
+    tables = (
+        benchmark_tables,
+        recovery_tables,
+        drop_in_tables,
+        fine_tune_tables,
+        study_tables,
+        positions_tables,
+    )
     return {name: text for of in tables for name, text in of(output).items()}
 
 

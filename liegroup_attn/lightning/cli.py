@@ -28,6 +28,7 @@ _EXPERIMENTS = {
     "drop-in": "experiments.drop_in.run",
     "fine-tune": "experiments.fine_tune.run",
     "position-study": "experiments.position_study.run",
+    "positions": "experiments.positions.run",
 }
 _USAGE = """\
 liegroup-attn: attention that mixes tokens with exp(tQ)
@@ -41,6 +42,7 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
   liegroup-attn fine-tune [--help]  train GPT-2 with softmax, convert it and train on, table and figures (from a clone)
   liegroup-attn position-study [--help]
                                     probe what encoders and decoders learn of positions, tables and figures (from a clone)
+  liegroup-attn positions [--help]  train every positional encoding beside every way of mixing, tables and figures (from a clone)
   liegroup-attn draw [--help]       draw tables and figures again from the result files (from a clone)
 """
 

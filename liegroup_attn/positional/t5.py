@@ -49,9 +49,7 @@ class T5Bias(BiasEncoding):
         self.table = nn.Parameter(0.02 * torch.randn(num_buckets, num_heads))
 
     def extra_repr(self) -> str:  # noqa: D102
-        return (
-            f"{self.num_heads}, is_causal={self.is_causal}, num_buckets={self.num_buckets}, max_distance={self.max_distance}"
-        )
+        return f"{self.num_heads}, is_causal={self.is_causal}, num_buckets={self.num_buckets}, max_distance={self.max_distance}"
 
     def buckets(self, difference: Tensor) -> Tensor:
         """The bucket of i − j, any shape, whole numbers."""

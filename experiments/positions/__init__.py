@@ -1,0 +1,1 @@
+"""Positional encodings × ways of mixing, on four tasks."""

@@ -1,0 +1,169 @@
+"""Tables and figures of the comparison from its JSON alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.positions.encodings import MIXINGS, RESCALED
+from experiments.positions.figures import dots, lines
+from experiments.positions.tasks import TASKS
+
+__all__ = ["FOLDER", "Rows", "load", "positions_tables", "report", "rows"]
+
+FOLDER = "positions"
+NONE_YET = "No results are committed yet; `liegroup-attn positions` makes them.\n"
+Result = dict[str, Any]
+Rows = dict[str, dict[str, list[Result]]]  # title of the encoding → mixing → runs by seed
+
+
+def load(output: Path, task: str) -> list[Result]:
+    """Runs of a task.
+
+    Raises:
+        ValueError: results of several settings.
+    """
+    paths = sorted((output / FOLDER / "results").glob(f"{task}-*-seed*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    if len({json.dumps(run["setting"], sort_keys=True) for run in found}) > 1:
+        raise ValueError(
+            f"{FOLDER}: expected results of one setting for {task}, got several in {output}; delete the outdated files or "
+            "choose another --output"
+        )
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def rows(runs: Sequence[Result]) -> Rows:
+    """Runs by encoding and mixing, in the order of tables; below RoPE its weights with scaled frequencies."""
+    found: Rows = {}
+    for name, choice in TASKS[runs[0]["task"]].encodings.items():
+        own = [run for run in runs if run["encoding"] == name]
+        if own:
+            found[choice.title] = _by_mixing(own)
+        for scaling, scaled in RESCALED.items():
+            tests = [
+                run | {"test": run["test"] | run["rescaled"][scaling]} for run in own if scaling in run["rescaled"]
+            ]
+            if tests:
+                found[scaled.title] = _by_mixing(tests)
+    return found
+
+
+def _by_mixing(runs: Sequence[Result]) -> dict[str, list[Result]]:
+    by = {mixing: [run for run in runs if run["mixing"] == mixing] for mixing in MIXINGS}
+    return {mixing: some for mixing, some in by.items() if some}
+
+
+def report(output: Path) -> list[Path]:
+    """Write table.md and figures/*.png beside the results; returns what was written."""
+    folder = output / FOLDER
+    results = {task: runs for task in TASKS if (runs := load(output, task))}
+    if not results:
+        return []
+    written = [folder / "table.md"]
+    written[0].write_text(
+        "\n".join(f"{name}\n\n{text}" for name, text in positions_tables(output).items() if text != NONE_YET)
+    )
+    (folder / "figures").mkdir(exist_ok=True)
+    for task, runs in results.items():
+        written.append(folder / "figures" / f"{task}.png")
+        figure = (lines if task == "text" else dots)(rows(runs), TASKS[task].unit)
+        figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+    return written
+
+
+def positions_tables(output: Path) -> dict[str, str]:
+    """Markdown by the names of its markers; a sentence where there are no results."""
+    found = {}
+    for task in TASKS:
+        runs = load(output, task)
+        for suffix, key in (("", "all"), *((("_last", "last"),) if task == "text" else ())):
+            found[f"{FOLDER}_{task}{suffix}"] = _table(runs, key) if runs else NONE_YET
+    runs = [run for task in TASKS for run in load(output, task)]
+    return found | {f"{FOLDER}_cost": _cost(runs) if runs else NONE_YET}
+
+
+def _table(runs: Sequence[Result], key: str) -> str:
+    lengths = [str(length) for length in runs[0]["setting"]["lengths"]]
+    form = "{:.3f}" if TASKS[runs[0]["task"]].better == "lower" else "{:.1f}"
+    mixings = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
+    header = ["encoding"]
+    for mixing in mixings:
+        header += [
+            MIXINGS[mixing].title if len(lengths) == 1 else f"{MIXINGS[mixing].title}: {length}" if not at else length
+            for at, length in enumerate(lengths)
+        ]
+    lines = []
+    for title, by in rows(runs).items():
+        cells = [
+            spread([None if run["test"][length] is None else run["test"][length][key] for run in by[mixing]], form)
+            if mixing in by
+            else ""
+            for mixing in mixings
+            for length in lengths
+        ]
+        lines.append([title, *cells])
+    return _markdown(header, lines) + f"\n{_provenance(runs)}\n"
+
+
+def _cost(runs: Sequence[Result]) -> str:
+    """Milliseconds a training step."""
+    tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
+    mixings = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
+    titles = {c.title: None for task in tasks for c in TASKS[task].encodings.values()}
+    header = ["ms a training step"]
+    header += [
+        f"{task}: {MIXINGS[m].title}" if not at else MIXINGS[m].title for task in tasks for at, m in enumerate(mixings)
+    ]
+    table = {task: rows([run for run in runs if run["task"] == task]) for task in tasks}
+    lines = []
+    for title in titles:
+        cells = []
+        for task in tasks:
+            for mixing in mixings:
+                some = table[task].get(title, {}).get(mixing, [])
+                each = [1000 * run["cpu_seconds"]["train"] / run["setting"]["steps"] for run in some]
+                cells.append(f"{statistics.fmean(each):.0f}" if each else "")
+        if any(cells):
+            lines.append([title, *cells])
+    return _markdown(header, lines) + "\nCPU time on one thread, mean over seeds; other runs were on the other cores.\n"
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    shown = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|", *shown, ""])
+
+
+def spread(values: Sequence[float | None], form: str) -> str:
+    """Mean ± standard deviation; "—" where there is no value."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "—"
+    mean = form.format(statistics.fmean(numbers))
+    return f"{mean} ± {form.format(statistics.stdev(numbers))}" if len(numbers) > 1 else mean
+
+
+def _provenance(runs: Sequence[Result]) -> str:
+    setting = runs[0]["setting"]
+
+    def each(key: str, name: str) -> str:
+        return ", ".join(sorted({str(run[key][name]) for run in runs}))
+
+    seeds = sorted({run["seed"] for run in runs})
+    counts = {
+        len([r for r in runs if (r["encoding"], r["mixing"]) == (run["encoding"], run["mixing"])]) for run in runs
+    }
+    of = f"mean ± s.d. over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}, no spread"
+    parts = [
+        of + ("" if len(counts) == 1 else "; some cells have fewer seeds"),
+        f"{setting['steps']} steps of {setting['batch_size']} sequences of {setting['lengths'][0]} tokens",
+        f"data {each('data', 'source')}, sha256 {setting['sha256'][:12]}…",
+        f"{each('hardware', 'name')}, {each('hardware', 'threads')} thread",
+        f"torch {each('versions', 'torch')}",
+        ", ".join(sorted({run["date"] for run in runs})),
+        f"code {', '.join(sorted({run['code'][:8] for run in runs}))}",
+    ]
+    return f"{'; '.join(parts)}. Written by `liegroup-attn positions` from `results/*.json`."

@@ -1,0 +1,165 @@
+"""Train every cell of task × encoding × mixing × seed; then the tables and the figures."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.draw import draw
+from experiments.positions.cell import Cell, run_cell
+from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, MIXINGS
+from experiments.positions.report import FOLDER
+from experiments.positions.tasks import SETTINGS, TASKS
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``liegroup-attn positions``."""
+    args = _parse(argv)
+    console = Console()
+    cells = _cells(args)
+    waiting = [cell for cell in cells if not _finished(cell)]
+    if len(waiting) < len(cells):
+        console.print(
+            f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already in {args.output / FOLDER}"
+        )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+            bar = progress.add_task("", total=len(waiting))
+            for name in _run(waiting, args.jobs):
+                progress.update(bar, advance=1, description=name)
+    except KeyboardInterrupt:
+        console.print("\nstopped; finished cells are kept, and the same command again resumes")
+        sys.exit(130)
+    for written in draw(args.output, [FOLDER]):
+        console.print(f"wrote {written}")
+    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="liegroup-attn positions",
+        description="Train small Transformers on text, recall, counting and digits with every positional encoding beside every "
+        "way of mixing, and test them at the training length and beyond. Finished cells are kept: the same command again "
+        "resumes.",
+    )
+    names = list(dict.fromkeys([*ENCODINGS, *IMAGE_ENCODINGS]))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--encodings", nargs="+", choices=names, default=names, help="those that a task has are run on it"
+    )
+    parser.add_argument("--mixings", nargs="+", choices=list(MIXINGS), default=list(MIXINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps-factor", type=float, default=1.0, help="times the steps of every task")
+    parser.add_argument("--max-steps", type=int, default=None, help="at most so many steps a cell, for a first look")
+    parser.add_argument("--corpus", default="tinyshakespeare", help="of the text, as ByteCorpus takes it")
+    parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
+    parser.add_argument("--jobs", type=int, default=None, help="cells at a time, one thread each; default: one a core")
+    parser.add_argument("--output", type=Path, default=Path("runs/positions"), help="results, tables, figures")
+    args = parser.parse_args(argv)
+    args.jobs = args.jobs if args.jobs is not None else len(os.sched_getaffinity(0))
+    for name, wrong in (
+        ("seeds", min(args.seeds) < 0),
+        ("steps-factor", not args.steps_factor > 0),
+        ("max-steps", args.max_steps is not None and args.max_steps < 1),
+        ("jobs", args.jobs < 1),
+    ):
+        if wrong:
+            least = "numbers ≥ 0" if name == "seeds" else "a number above 0"
+            raise ValueError(f"{name}: expected {least}, got {getattr(args, name.replace('-', '_'))}; choose another")
+    return args
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """All that are asked for, seed by seed, so that a run that is stopped has whole tables of fewer seeds."""
+    folder = args.output / FOLDER / "results"
+    wanted = [
+        (task, encoding, mixing)
+        for task in args.tasks
+        for encoding, choice in TASKS[task].encodings.items()
+        for mixing in args.mixings
+        if encoding in args.encodings and not (mixing == "softmax" and choice.attention)
+    ]
+    if not wanted:
+        raise ValueError(
+            f"encodings: expected some that {args.tasks} have with {args.mixings}, got {args.encodings}; choose others"
+        )
+    settings = {task: _setting(task, args) for task in dict.fromkeys(task for task, _, _ in wanted)}
+    return [
+        Cell(task, encoding, mixing, seed, settings[task], args.corpus, args.path, folder / f"{name}.json")
+        for seed in dict.fromkeys(args.seeds)
+        for task, encoding, mixing in wanted
+        for name in [f"{task}-{encoding}-{mixing}-seed{seed}"]
+    ]
+
+
+def _setting(task: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What all files of a task must share."""
+    setting = copy.deepcopy(SETTINGS[task])
+    steps = max(1, round(setting["steps"] * args.steps_factor))
+    setting["steps"] = steps if args.max_steps is None else min(steps, args.max_steps)
+    once = {**setting, "steps": 1}
+    return setting | {"sha256": TASKS[task].data(once, 0, args.corpus, args.path).facts["sha256"]}
+
+
+def _finished(cell: Cell) -> bool:
+    if not cell.file.exists():
+        return False
+    stored = json.loads(cell.file.read_text())
+    attention, encoding = cell.recipes
+    wanted = {"setting": cell.setting, "recipes": {"attention": attention, "encoding": encoding}}
+    if different := [name for name, value in wanted.items() if stored[name] != value]:
+        raise ValueError(
+            f"output: expected results with this command's setting, got {cell.file} with another ({', '.join(different)}); "
+            "delete it, or pass another --output"
+        )
+    return True
+
+
+def _run(cells: Sequence[Cell], jobs: int) -> Iterator[str]:
+    """Run cells, as many at a time as there are jobs; names in the order in which they end."""
+    if jobs == 1 or len(cells) < 2:
+        told, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
+        level = told.level
+        _quiet()
+        try:
+            yield from map(run_cell, cells)
+        finally:
+            torch.set_num_threads(threads)
+            told.setLevel(level)
+        return
+    # Spawned: a forked torch may hang where its parent has used threads. Leaving the pool ends its processes.
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(cells)), _start) as pool:
+        yield from pool.imap_unordered(run_cell, cells)
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends these
+    _quiet()
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+if __name__ == "__main__":
+    main()
