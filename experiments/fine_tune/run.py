@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from experiments.draw import draw
 from experiments.fine_tune.report import FOLDER, VARIANTS
 from experiments.fine_tune.tasks import TASKS
+from experiments.jobs import finished
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
 from liegroup_attn.lightning import ByteCorpus, ExactResume, FineTune, GeneratorMonitor
@@ -125,12 +126,7 @@ def _run_seed(
     trained: nn.Module | None = None
     for variant, (_, options, trainable) in VARIANTS.items():
         path = folder / f"{task}-{variant}-seed{seed}.json"
-        if path.exists():
-            if json.loads(path.read_text())["setting"] != setting:
-                raise ValueError(
-                    f"output: expected results with this command's setting, got {path} with another; delete it, or pass "
-                    "another --output"
-                )
+        if finished(path, {"setting": setting}):
             advance()
             continue
         if trained is None:

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.draw import draw
+from experiments.jobs import finished, run_all
 from experiments.position_study.probes import FOLDS
 from experiments.position_study.report import FOLDER
 from experiments.position_study.train import ENCODINGS, MIXINGS, ROLES, corpus_of, train
-from experiments.results import write_json
 
 __all__ = ["main"]
 
 FIXED: dict[str, Any] = {"width": 64, "depth": 2, "num_heads": 4, "learning_rate": 3e-3, "warmup_steps": 50}
-Key = tuple[str, str, str, int]  # mixing, role, encoding, seed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,22 +27,18 @@ def main(argv: list[str] | None = None) -> None:
     setting = _setting(args)
     console = Console()
     folder = args.output / FOLDER / "results"
-    keys = list(dict.fromkeys(itertools.product(args.mixings, args.roles, args.encodings, args.seeds)))
-    waiting = [key for key in keys if not _finished(_path(folder, key), setting)]
-    if len(waiting) < len(keys):
-        console.print(f"{len(keys) - len(waiting)} of {len(keys)} runs are finished already in {folder}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    runs = {
+        folder / f"{'-'.join(names)}-seed{seed}.json": (*names, seed, setting, args.path, args.threads)
+        for *names, seed in itertools.product(args.mixings, args.roles, args.encodings, args.seeds)
+    }
+    waiting = {path: arguments for path, arguments in runs.items() if not finished(path, {"setting": setting})}
+    if len(waiting) < len(runs):
+        console.print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already in {folder}")
     try:
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task(f"{args.jobs} at a time", total=len(waiting))
-            for key, found in _results(waiting, setting, args):
-                write_json(_path(folder, key), found)
-                progress.update(bar, advance=1, description=_path(folder, key).stem)
-    except KeyboardInterrupt:
-        console.print("\nstopped; finished runs are kept, and the same command again resumes")
-        sys.exit(130)
-    for written in draw(args.output, [FOLDER]):
-        console.print(f"wrote {written}")
+        run_all(train, waiting, args.jobs, args.threads, console)
+    finally:
+        for written in draw(args.output, [FOLDER]):
+            console.print(f"wrote {written}")
     console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
 
 
@@ -90,42 +79,6 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
     data = corpus_of(setting, args.path)
     data.prepare_data()
     return setting | {"sha256": data.corpus_sha256}
-
-
-def _path(folder: Path, key: Key) -> Path:
-    mixing, role, encoding, seed = key
-    return folder / f"{mixing}-{role}-{encoding}-seed{seed}.json"
-
-
-def _finished(path: Path, setting: dict[str, Any]) -> bool:
-    if not path.exists():
-        return False
-    if (stored := json.loads(path.read_text())["setting"]) != setting:
-        different = ", ".join(name for name in setting if stored.get(name) != setting[name])
-        raise ValueError(
-            f"output: expected results with this command's setting, got {path} with another ({different}); delete it, or "
-            "pass another --output"
-        )
-    return True
-
-
-def _results(
-    waiting: list[Key], setting: dict[str, Any], args: argparse.Namespace
-) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Each run as it ends; in this process where there is one job."""
-    options = setting, args.path, args.threads
-    if args.jobs == 1 or len(waiting) < 2:
-        for key in waiting:
-            yield key, train(*key, *options)
-        return
-    # spawn: a fork of a process in which torch has started threads may hang
-    pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(train, *key, *options): key for key in waiting}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import tempfile
 import time
 import warnings
@@ -51,8 +50,6 @@ def train(
     mixing: str, role: str, encoding: str, seed: int, setting: dict[str, Any], path: str | None, threads: int
 ) -> dict[str, Any]:
     """All that the result file of one run says. Runs in a process of its own."""
-    torch.set_num_threads(threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(seed, verbose=False)
     data = corpus_of(setting, path, seed)
     data.prepare_data()

@@ -17,7 +17,6 @@ from torch import nn
 from experiments.positions.encodings import MIXINGS, RESCALED, recipes
 from experiments.positions.tasks import TASKS, Batch, Task
 from experiments.provenance import code_hash, device_name
-from experiments.results import write_json
 from liegroup_attn.positional import LearnedEncoding
 
 __all__ = ["Cell", "measured", "run_cell"]
@@ -55,8 +54,8 @@ class Cell(NamedTuple):
         return recipes(choice, MIXINGS[self.mixing], self.setting["lengths"][0])
 
 
-def run_cell(cell: Cell) -> str:
-    """Train, validate, test, and write the file; returns its name."""
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Train, validate, test: what the file holds."""
     task, setting = TASKS[cell.task], cell.setting
     attention, encoding = cell.recipes
     data = task.data(setting, cell.seed, cell.corpus, cell.path)
@@ -79,7 +78,7 @@ def run_cell(cell: Cell) -> str:
     train_loss = float(trainer.callback_metrics["train/loss"])
     validation = measured(model, task, data.validation, setting["lengths"][0])
     test = _tests(model, task, data.tests, setting)
-    content = {
+    return {
         "task": cell.task,
         "encoding": cell.encoding,
         "mixing": cell.mixing,
@@ -98,8 +97,6 @@ def run_cell(cell: Cell) -> str:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code_hash(),
     }
-    write_json(cell.file, content)
-    return cell.file.stem
 
 
 @torch.no_grad()

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import logging
-import multiprocessing
 import os
-import signal
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiments.draw import draw
+from experiments.jobs import finished, run_all
 from experiments.positions.cell import Cell, run_cell
 from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, MIXINGS
 from experiments.positions.report import FOLDER
@@ -38,17 +30,11 @@ def main(argv: list[str] | None = None) -> None:
         console.print(
             f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already in {args.output / FOLDER}"
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-            bar = progress.add_task("", total=len(waiting))
-            for name in _run(waiting, args.jobs):
-                progress.update(bar, advance=1, description=name)
-    except KeyboardInterrupt:
-        console.print("\nstopped; finished cells are kept, and the same command again resumes")
-        sys.exit(130)
-    for written in draw(args.output, [FOLDER]):
-        console.print(f"wrote {written}")
+        run_all(run_cell, {cell.file: (cell,) for cell in waiting}, args.jobs, 1, console)
+    finally:
+        for written in draw(args.output, [FOLDER]):
+            console.print(f"wrote {written}")
     console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
 
 
@@ -119,46 +105,8 @@ def _setting(task: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finished(cell: Cell) -> bool:
-    if not cell.file.exists():
-        return False
-    stored = json.loads(cell.file.read_text())
     attention, encoding = cell.recipes
-    wanted = {"setting": cell.setting, "recipes": {"attention": attention, "encoding": encoding}}
-    if different := [name for name, value in wanted.items() if stored[name] != value]:
-        raise ValueError(
-            f"output: expected results with this command's setting, got {cell.file} with another ({', '.join(different)}); "
-            "delete it, or pass another --output"
-        )
-    return True
-
-
-def _run(cells: Sequence[Cell], jobs: int) -> Iterator[str]:
-    """Run cells, as many at a time as there are jobs; names in the order in which they end."""
-    if jobs == 1 or len(cells) < 2:
-        told, threads = logging.getLogger("lightning.pytorch"), torch.get_num_threads()
-        level = told.level
-        _quiet()
-        try:
-            yield from map(run_cell, cells)
-        finally:
-            torch.set_num_threads(threads)
-            told.setLevel(level)
-        return
-    # Spawned: a forked torch may hang where its parent has used threads. Leaving the pool ends its processes.
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(cells)), _start) as pool:
-        yield from pool.imap_unordered(run_cell, cells)
-
-
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends these
-    _quiet()
-
-
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    return finished(cell.file, {"setting": cell.setting, "recipes": {"attention": attention, "encoding": encoding}})
 
 
 if __name__ == "__main__":

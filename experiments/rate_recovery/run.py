@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from experiments.draw import draw
+from experiments.jobs import finished
 from experiments.provenance import code_hash, device_name
 from experiments.rate_recovery.bound import relative_bound
 from experiments.rate_recovery.estimators import ESTIMATORS, Found
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     setting = _setting(args)
     console = Console()
     folder = args.output / FOLDER / "results"
-    waiting = [seed for seed in dict.fromkeys(args.seeds) if not _finished(folder / f"seed{seed}.json", setting)]
+    waiting = [
+        seed for seed in dict.fromkeys(args.seeds) if not finished(folder / f"seed{seed}.json", {"setting": setting})
+    ]
     if len(waiting) < len(args.seeds):
         console.print(f"{len(args.seeds) - len(waiting)} of {len(args.seeds)} seeds are finished already in {folder}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -89,18 +91,6 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
         "times": args.times,
         "transitions": sorted(set(args.transitions)),
     }
-
-
-def _finished(path: Path, setting: dict[str, Any]) -> bool:
-    if not path.exists():
-        return False
-    if (stored := json.loads(path.read_text())["setting"]) != setting:
-        different = ", ".join(name for name in setting if stored.get(name) != setting[name])
-        raise ValueError(
-            f"output: expected results with this command's setting, got {path} with another ({different}); delete it, or "
-            "pass another --output"
-        )
-    return True
 
 
 def _run(

@@ -206,11 +206,11 @@ def test_the_same_command_again_trains_nothing(compared, monkeypatch):
     folder, arguments = compared
     monkeypatch.setattr(run, "run_cell", lambda _: pytest.fail("trained again"))
     run.main(arguments)
-    with pytest.raises(ValueError, match=r"with another .setting.; delete it"):
+    with pytest.raises(ValueError, match=r"with another .steps.; delete it"):
         run.main([*arguments[:-1], "1"])
     other = folder / "other.txt"
     other.write_text("something else altogether, and again. " * 90)
-    with pytest.raises(ValueError, match=r"with another .setting.; delete it"):
+    with pytest.raises(ValueError, match=r"with another .sha256.; delete it"):
         run.main([str(other) if word.endswith("corpus.txt") else word for word in arguments])
 
 

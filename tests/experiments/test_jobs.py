@@ -1,0 +1,86 @@
+"""Runs side by side: what is finished stays, what fails is named, what is stopped loses nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+from rich.console import Console
+
+from experiments.jobs import finished, run_all
+from experiments.results import write_json
+
+
+def square(number: int) -> dict[str, int]:
+    if number < 0:
+        raise ArithmeticError(f"{number} has no business here")
+    return {"square": number**2, "process": os.getpid()}
+
+
+def interrupted(number: int) -> dict[str, int]:
+    if number == 2:
+        raise KeyboardInterrupt
+    return {"square": number**2}
+
+
+def slow(number: int) -> dict[str, int]:
+    if number == 0:
+        os.kill(os.getppid(), 2)  # as Ctrl-C, while the others are at work
+    time.sleep(3600)
+    return {}
+
+
+def waiting(folder, *numbers):
+    return {folder / f"{number}.json": (number,) for number in numbers}
+
+
+def stored(folder):
+    return {path.stem: json.loads(path.read_text())["square"] for path in sorted(folder.glob("*.json"))}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_run_is_written_and_a_failure_stops_no_other(tmp_path, jobs):
+    with pytest.raises(
+        ValueError, match=r"runs: expected all to finish, got 1 that failed \(-1; -1: -1 has no business"
+    ):
+        run_all(square, waiting(tmp_path, 3, -1, 4), jobs, 1, Console(quiet=True))
+    assert stored(tmp_path) == {"3": 9, "4": 16}
+    here = {json.loads(path.read_text())["process"] == os.getpid() for path in tmp_path.glob("*.json")}
+    assert here == {jobs == 1}
+
+
+def test_nothing_to_do(tmp_path):
+    run_all(square, {}, 2, 1, Console(quiet=True))
+    assert stored(tmp_path) == {}
+
+
+def test_a_stop_keeps_what_is_finished(tmp_path):
+    with pytest.raises(SystemExit, match="130"):
+        run_all(interrupted, waiting(tmp_path, 1, 2, 3), 1, 1, Console(quiet=True))
+    assert stored(tmp_path) == {"1": 1}
+
+
+def test_a_stop_ends_the_other_processes(tmp_path):
+    with pytest.raises(SystemExit, match="130"):
+        run_all(slow, waiting(tmp_path, 0, 1), 2, 1, Console(quiet=True))
+    for process in multiprocessing.active_children():
+        process.join(60)
+        assert not process.is_alive()
+    assert stored(tmp_path) == {}
+
+
+def test_finished_is_what_holds_this_commands_setting(tmp_path):
+    path = tmp_path / "one.json"
+    assert not finished(path, {"setting": {"steps": 3}})
+    write_json(path, {"setting": {"steps": 3, "model": {"width": 8}}, "square": 9})
+    assert finished(path, {"setting": {"steps": 3, "model": {"width": 8}}})
+    for other, name in (({"steps": 4, "model": {"width": 8}}, "steps"), ({"steps": 3, "model": {"width": 9}}, "width")):
+        with pytest.raises(
+            ValueError, match=rf"got .*one.json with another \({name}\); delete it, or pass another --output"
+        ):
+            finished(path, {"setting": other})
+    with pytest.raises(ValueError, match=r"with another \(setting\); delete it"):
+        finished(path, {"setting": {"steps": 3}})
