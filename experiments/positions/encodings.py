@@ -55,7 +55,7 @@ ENCODINGS = {
     "t5": Choice("T5", {"module": "T5Bias"}),
     "fire": Choice("FIRE", {"module": "FIRE"}),
     "forgetting_gate": Choice("forgetting gate", {"module": "ForgettingGate"}),
-    "cope": Choice("CoPE", {"module": "CoPE", "num_positions": LENGTH}),
+    "cope": Choice("CoPE", {"module": "CoPE"}),
     "relative_rates": Choice("relative rates", None, {"plus": "RelativeRates", "max_distance": 64}),
     "alibi_rates": Choice("ALiBi as rates", {"module": "ALiBi"}, {"bias_as": "rates"}),
 }

@@ -25,7 +25,7 @@ _MODEL = {"width": 64, "depth": 2, "num_heads": 4, "weight_decay": 0.01}
 # What the result files say of a task; "lengths" are those of the tests, the first is that of training.
 SETTINGS: dict[str, dict[str, Any]] = {
     "text": {
-        "steps": 120,
+        "steps": 200,
         "batch_size": 8,
         "lengths": [256, 512, 1024, 2048],
         "test_bytes": 16_384,
