@@ -12,20 +12,26 @@ from torch import Tensor
 
 from experiments.benchmarks.measure import time_in_turn
 from liegroup_attn.positional import (
+    FIRE,
     AbsoluteEncoding,
     ALiBi,
     AxialBlocks,
     BiasEncoding,
     CayleyString,
     CirculantString,
+    CoPE,
     DependentBlocks,
+    ForgettingGate,
     LearnedEncoding,
     LieRotary,
+    MixedRotary,
     PlaneRotary,
     PositionalEncoding,
     RotaryEncoding,
     RotationEncoding,
     SinusoidalEncoding,
+    T5Bias,
+    XPos,
 )
 
 __all__ = [
@@ -126,7 +132,13 @@ TRAINED: dict[str, Callable[[], PositionalEncoding]] = {
     "CayleyString": lambda: CayleyString(_D, _H),
     "CirculantString": lambda: CirculantString(_D, _H),
     "PlaneRotary": lambda: PlaneRotary(_D, _H, num_planes=_D // 2),
+    "MixedRotary": lambda: MixedRotary(_D, _H, axes=1, layout="half_split"),
+    "XPos": lambda: XPos(_D, layout="half_split"),
     "ALiBi": lambda: ALiBi(_H),
+    "T5Bias": lambda: T5Bias(_H, is_causal=True),
+    "FIRE": lambda: FIRE(_H),
+    "ForgettingGate": lambda: ForgettingGate(_H * _D, _H),
+    "CoPE": lambda: CoPE(_H, _D),
 }
 
 
