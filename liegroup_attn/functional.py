@@ -263,7 +263,7 @@ def _softmax_across(
     mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
     if score_bias is not None:
         score_bias = check_bias(score_bias, shape)
-    hidden = biased_mask(score_bias, mask.attn_mask, is_causal, query.dtype)
+    hidden = biased_mask(score_bias, mask.attn_mask, is_causal, query, key)
     is_causal = is_causal and score_bias is None
     mixed = F.scaled_dot_product_attention(query, key, value, hidden, dropout_p, is_causal, scale=scale)
     return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)

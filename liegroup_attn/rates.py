@@ -168,35 +168,41 @@ def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
 
 
 def biased_mask(
-    score_bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool, dtype: torch.dtype
+    score_bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
 ) -> Tensor | None:
     """One mask for a kernel that takes one: bias, mask and, beside a bias, the causal mask.
 
     Args:
-        score_bias: (..., N, M), or None, which gives the mask back as it is.
+        score_bias: broadcastable to (..., N, M), or None, which gives the mask back as it is.
         attn_mask: broadcastable to it, bool (True = takes part) or float, or None.
         is_causal: lower-triangular mask.
-        dtype: of the result, the queries'.
+        query: (..., N, E), whose dtype the kernel wants.
+        key: (..., M, E).
 
     Returns:
         Float, −inf where hidden; ``attn_mask`` itself without a bias.
 
     Example:
-        >>> biased_mask(torch.zeros(2, 2), None, True, torch.float32)
+        >>> biased_mask(torch.zeros(1, 1), None, True, torch.zeros(2, 4), torch.zeros(2, 4))
         tensor([[0., -inf],
                 [0., 0.]])
     """
     if score_bias is None:
         return attn_mask
-    bias = score_bias.to(dtype)
+    bias = score_bias
+    if query.dtype == torch.float16:  # the one dtype whose range a bias leaves; ±inf would be NaN or an empty row
+        limit = torch.finfo(torch.float16).max / 2
+        bias = bias.clamp(-limit, limit)
+    bias = bias.to(query.dtype)
     if is_causal:
-        ahead = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
-        bias = bias.masked_fill(ahead, -torch.inf)
+        # Of the tokens, not of the bias, which may have one row or column for all.
+        ahead = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=bias.device).triu(1)
+        bias = torch.where(ahead, -torch.inf, bias)
     if attn_mask is None:
         return bias
     if attn_mask.dtype == torch.bool:
         return torch.where(attn_mask, bias, -torch.inf)
-    return bias + attn_mask.to(dtype)
+    return bias + attn_mask.to(query.dtype)
 
 
 def check_closed(attn_mask: Tensor) -> None:

@@ -106,7 +106,7 @@ class SoftmaxGenerator(Generator):
         self._mask = prepare_mask(attn_mask, is_causal, scores_shape, query.dtype, allow_open_mask)
         self.score_bias = None if score_bias is None else check_bias(score_bias, scores_shape)
         # What the kernels take: a bias leaves no room for their own causal mask.
-        self._kernel_mask = biased_mask(self.score_bias, self._mask.attn_mask, is_causal, query.dtype)
+        self._kernel_mask = biased_mask(self.score_bias, self._mask.attn_mask, is_causal, query, key)
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         moved = self.jump(value) - value

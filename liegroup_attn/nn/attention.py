@@ -364,7 +364,7 @@ class SoftmaxAttention(SelfAttention):
             query,
             key,
             value,
-            biased_mask(bias, attn_mask, self.is_causal, query.dtype),
+            biased_mask(bias, attn_mask, self.is_causal, query, key),
             self.dropout if self.training else 0.0,
             self.is_causal and bias is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
@@ -386,7 +386,7 @@ class SoftmaxAttention(SelfAttention):
         cache.append(key, value)
         # A single token sees all; several see the past and one another causally.
         mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past) if new > 1 else None
-        mask = biased_mask(bias, mask, False, query.dtype)
+        mask = biased_mask(bias, mask, False, query, key)
         return F.scaled_dot_product_attention(
             query,
             cache.keys[:, :, : cache.length],

@@ -281,3 +281,48 @@ def test_language_models_say_positions_by_one_recipe():
     default = LanguageModel({"module": "SoftmaxAttention"}, width=C, depth=1, num_heads=H)
     assert isinstance(default.transformer.blocks[0].attention.encoding, RotaryEncoding)
     assert default.hparams.encoding == {"module": "RotaryEncoding", "layout": "half_split"}
+
+
+class OneFor(BiasEncoding):
+    """A number per head and key, or per head and query, for all of the others: broadcastable, as the contract allows."""
+
+    def __init__(self, axis: str, *, spelled_out: bool = False) -> None:
+        super().__init__(H)
+        self.axis, self.spelled_out = axis, spelled_out
+
+    def between(self, here, there):
+        bias = 2 * (there if self.axis == "row" else here).cos().expand(self.num_heads, -1, -1)
+        return bias + 0 * (here - there) if self.spelled_out else bias
+
+
+def converted(encoding):
+    layer = SoftmaxAttention(C, H, is_causal=True, encoding=encoding)
+    convert_attention(layer, time=0.5)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda encoding: SoftmaxAttention(C, H, is_causal=True, encoding=encoding),
+        lambda encoding: LieAttention(C, H, is_causal=True, encoding=encoding),
+        lambda encoding: LieAttention(C, H, num_kv_heads=2, is_causal=True, encoding=encoding, first_hop=True),
+        lambda encoding: LieAttention(C, H, is_causal=True, encoding=encoding, bias_as="rates"),
+        converted,
+    ],
+    ids=["softmax", "exp", "first hop", "rates", "converted"],
+)
+@pytest.mark.parametrize("axis", ["row", "column"])
+@torch.no_grad()
+def test_a_bias_with_one_row_or_column_leaves_the_causal_mask(build, axis):
+    layer, x = build(OneFor(axis)).double(), tokens()
+    same = build(OneFor(axis, spelled_out=True)).double()
+    same.load_state_dict(layer.state_dict())
+    matrix = layer.mixing_matrix(x)
+    assert matrix.triu(1).abs().max() == 0
+    torch.testing.assert_close(matrix, same.mixing_matrix(x), atol=1e-12, rtol=0)
+    torch.testing.assert_close(layer(x), same(x), atol=1e-12, rtol=0)
+    if layer.can_cache:
+        cache = layer.new_cache(2, N)
+        parts = [layer(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, N))]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x), atol=1e-9, rtol=0)
