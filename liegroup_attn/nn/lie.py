@@ -202,6 +202,7 @@ class LieAttention(SelfAttention):
         added = None if self.plus is None else self.plus(num_tokens)
         if bias is None or self.bias_as == "scores":
             return added
+        bias = bias.expand(*bias.shape[:-2], num_tokens, num_tokens)  # it may have one row or column for all
         if self.is_causal:
             ahead = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=bias.device).triu(1)
             bias = bias.masked_fill(ahead, -torch.inf)
