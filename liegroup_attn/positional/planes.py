@@ -88,7 +88,7 @@ class PlaneRotary(HeadRotation):
 def rodrigues(x: Tensor, a: Tensor, b: Tensor, position: Tensor | float = 1.0) -> Tensor:
     """exp(position (abᵀ − baᵀ)) x in closed form, Rodrigues' for a plane of any dimension; O(D).
 
-    With L = abᵀ − baᵀ and s² = |a|²|b|² − (a·b)²: exp(tL) = I + sin(st)/s L + (1 − cos(st))/s² L². Where s is small,
+    With L = abᵀ − baᵀ and s² = ‖a‖²‖b‖² − (a·b)²: exp(tL) = I + sin(st)/s L + (1 − cos(st))/s² L². Where s is small,
     as for a parallel to b, the fractions are summed as series: values and all derivatives are finite there.
 
     Args:
