@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def run_all(run: Run, waiting: Mapping[Path, tuple[Any, ...]], jobs: int, thread
             bar = progress.add_task(f"{min(jobs, max(1, len(waiting)))} at a time", total=len(waiting))
             for path, future in _ended(run, waiting, jobs, threads):
                 error = future.exception()
+                if isinstance(error, BrokenProcessPool):  # those that wait for it have done nothing wrong
+                    raise error
                 if error is None:
                     write_json(path, future.result())
                 else:
@@ -83,6 +86,11 @@ def run_all(run: Run, waiting: Mapping[Path, tuple[Any, ...]], jobs: int, thread
     except KeyboardInterrupt:
         console.print("\nstopped; finished runs are kept, and the same command again resumes")
         sys.exit(130)
+    except BrokenProcessPool:
+        raise ValueError(
+            "runs: expected every process to live, got one that was killed (out of memory?); finished runs are kept: run the "
+            "same command again, with a lower --jobs"
+        ) from None
     if failed:
         name, error = next(iter(failed.items()))
         raise ValueError(
@@ -128,6 +136,8 @@ def _here(run: Run, arguments: tuple[Any, ...]) -> Future[dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             future.set_result(run(*arguments))
+    except SystemExit:  # how Lightning's trainer ends on Ctrl-C
+        raise KeyboardInterrupt from None
     except Exception as error:
         future.set_exception(error)
     finally:

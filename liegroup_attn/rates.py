@@ -10,7 +10,16 @@ from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, MaskError, check_finite, fits
 
-__all__ = ["Mask", "biased_mask", "check_bias", "exponential", "prepare_mask", "softplus", "squared_relu"]
+__all__ = [
+    "Mask",
+    "biased_mask",
+    "check_bias",
+    "exponential",
+    "prepare_mask",
+    "softplus",
+    "squared_relu",
+    "taking_part",
+]
 
 
 def exponential(scores: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
             f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
             f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
         )
-    allowed = _allowed(attn_mask)
+    allowed = taking_part(attn_mask)
     no_target = ~allowed.any(-1, keepdim=True)
     if attn_mask.dtype == torch.bool:
         safe = attn_mask | no_target
@@ -182,6 +191,9 @@ def biased_mask(
     Returns:
         Float, −inf where hidden; ``attn_mask`` itself without a bias.
 
+    Raises:
+        DtypeError: a mask that is neither bool nor float.
+
     Example:
         >>> biased_mask(torch.zeros(1, 1), None, True, torch.zeros(2, 4), torch.zeros(2, 4))
         tensor([[0., -inf],
@@ -202,6 +214,10 @@ def biased_mask(
         return bias
     if attn_mask.dtype == torch.bool:
         return torch.where(attn_mask, bias, -torch.inf)
+    if not attn_mask.is_floating_point():
+        raise DtypeError(
+            f"attn_mask: expected torch.bool (True = takes part) or {query.dtype} as the query, got {attn_mask.dtype}; convert it"
+        )
     return bias + attn_mask.to(query.dtype)
 
 
@@ -212,8 +228,8 @@ def check_closed(attn_mask: Tensor) -> None:
         _check_closed(allowed, ~allowed.any(-1, keepdim=True))
 
 
-def _allowed(attn_mask: Tensor) -> Tensor:
-    """Which targets take part; others hide by a large negative number, of which softmax makes 0, too."""
+def taking_part(attn_mask: Tensor) -> Tensor:
+    """Which targets take part, bool; others hide by a large negative number, of which softmax makes 0, too."""
     return attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
 
 
@@ -222,7 +238,7 @@ _FAR = 5000.0  # below the largest score: nothing is left of such a weight in an
 
 def _reached(attn_mask: Tensor) -> Tensor:
     """Which targets a row can reach: those allowed, without those that a bias puts out of reach."""
-    allowed = _allowed(attn_mask)
+    allowed = taking_part(attn_mask)
     if attn_mask.dtype == torch.bool or attn_mask.numel() == 0:
         return allowed
     bias = attn_mask.detach()

@@ -13,6 +13,7 @@ from experiments.position_study.figures import figures
 __all__ = ["CLAIMS", "FOLDER", "load", "report", "study_tables"]
 
 FOLDER = "position_study"
+NONE_YET = "No results are committed yet; `liegroup-attn position-study` makes them.\n"
 Run = dict[str, Any]
 Results = dict[tuple[str, str, str], list[Run]]  # (mixing, encoding, role) → runs by seed
 # title → number of an encoder's and a decoder's learned table of the same seed, above 0 where the claim holds
@@ -75,7 +76,7 @@ def study_tables(output: Path) -> dict[str, str]:
     """Markdown by the names of its markers."""
     results = load(output)
     if not results:
-        return {}
+        return {f"{FOLDER}_{name}": NONE_YET for name in ("embeddings", "hidden", "claim")}
     source = f"\n{_provenance(results)}\n"
     made = {"embeddings": _embeddings(results), "hidden": _hidden(results), "claim": _claims(results)}
     return {f"{FOLDER}_{name}": _markdown(*rows) + source for name, rows in made.items() if rows[1]}

@@ -59,8 +59,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     task, setting = TASKS[cell.task], cell.setting
     attention, encoding = cell.recipes
     data = task.data(setting, cell.seed, cell.corpus, cell.path)
-    L.seed_everything(cell.seed, verbose=False)
-    model = task.model(setting, attention, encoding)
+    model = started(task, setting, attention, encoding, cell.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = L.Trainer(
@@ -97,6 +96,18 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code_hash(),
     }
+
+
+def started(
+    task: Task, setting: dict[str, Any], attention: dict[str, Any], encoding: dict[str, Any] | None, seed: int
+) -> L.LightningModule:
+    """The model before training: whatever an encoding draws, all else starts as in softmax attention without positions."""
+    L.seed_everything(seed, verbose=False)
+    bare = task.model(setting, {"module": "SoftmaxAttention"}, None)
+    L.seed_everything(seed, verbose=False)
+    model = task.model(setting, attention, encoding)
+    model.load_state_dict(bare.state_dict(), strict=False)
+    return model
 
 
 @torch.no_grad()

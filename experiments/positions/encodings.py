@@ -40,7 +40,7 @@ MIXINGS = {
     "softmax": Mixing("softmax", {"module": "SoftmaxAttention"}),
     "first_hop": Mixing(
         "first hop + exponential clock",
-        {"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock", "time": 0.1, "max_time": 4.0},
+        {"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock", "time": 1.0, "max_time": 4.0},
     ),
     "exp": Mixing("exp(tQ)", {"module": "LieAttention", "time": 2.0, "max_time": 4.0}),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=None, help="cells at a time, one thread each; default: one a core")
     parser.add_argument("--output", type=Path, default=Path("runs/positions"), help="results, tables, figures")
     args = parser.parse_args(argv)
-    args.jobs = args.jobs if args.jobs is not None else len(os.sched_getaffinity(0))
+    args.jobs = args.jobs if args.jobs is not None else os.cpu_count() or 1
     for name, wrong in (
         ("seeds", min(args.seeds) < 0),
         ("steps-factor", not args.steps_factor > 0),
@@ -82,6 +83,11 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         for mixing in args.mixings
         if encoding in args.encodings and not (mixing == "softmax" and choice.attention)
     ]
+    if "digits" in {task for task, _, _ in wanted} and importlib.util.find_spec("sklearn") is None:
+        raise ValueError(
+            "tasks: expected scikit-learn for digits, which ships the images, got none; pip install scikit-learn, or leave digits "
+            "out with --tasks text recall counting"
+        )
     if not wanted:
         raise ValueError(
             f"encodings: expected some that {args.tasks} have with {args.mixings}, got {args.encodings}; choose others"

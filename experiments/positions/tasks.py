@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "steps": 200,
         "batch_size": 8,
         "lengths": [256, 512, 1024, 2048],
-        "test_bytes": 16_384,
+        "test_bytes": 32_768,
         "model": {**_MODEL, "learning_rate": 3e-3, "warmup_steps": 20},
     },
     "recall": {
@@ -124,16 +124,20 @@ def _text(setting: dict[str, Any], seed: int, corpus: str, path: str | None) -> 
             f"corpus: expected more than test_bytes = {total} bytes to test on, a multiple of {longest}, got "
             f"{len(text['test'])}; take a longer text"
         )
-    tests = {length: _windows(text["test"][: total + 1], length) for length in setting["lengths"]}
+    tests = {length: _windows(text["test"][: total + 1], length, longest) for length in setting["lengths"]}
     held = text["validation"][: total + 1]
-    return Data(list(source.train_dataloader()), _windows(held, context), tests, source.facts())
+    return Data(list(source.train_dataloader()), _windows(held, context, context), tests, source.facts())
 
 
-def _windows(text: bytes, length: int) -> list[Batch]:
+def _windows(text: bytes, length: int, longest: int) -> list[Batch]:
+    """Windows of a stretch of text, and which of them end where one of the longest would."""
     count = (len(text) - 1) // length
     numbers = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     tokens, targets = (numbers[shift : shift + count * length].view(count, length) for shift in (0, 1))
-    return list(_batches(tokens, targets, max(1, 2048 // length)))
+    ends = (torch.arange(1, count + 1) * length) % longest == 0
+    size = max(1, 2048 // length)
+    batches = list(_batches(tokens, targets, size))
+    return [batch | {"ends": part} for batch, part in zip(batches, ends.split(size), strict=True)]
 
 
 def _batches(tokens: Tensor, targets: Tensor, size: int, name: str = "targets") -> Iterator[Batch]:
@@ -212,7 +216,7 @@ def _drawn(draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Data]:
         train = draw(np.random.default_rng((0, seed)), setting["steps"] * size, first, setting)
         held = draw(np.random.default_rng(1), setting["test_sequences"], first, setting)
         tests = {
-            length: draw(np.random.default_rng((2, length)), setting["test_sequences"], length, setting)
+            length: draw(np.random.default_rng((3, length)), setting["test_sequences"], length, setting)
             for length in setting["lengths"]
         }
         digest = hashlib.sha256()
@@ -264,9 +268,12 @@ def _classifier(
 
 
 def _bits(scores: Tensor, batch: Batch, trained: int) -> dict[str, tuple[float, int]]:
-    """Bits of all bytes, and of those at the last positions of their windows, as many as were trained on."""
+    """Bits of all bytes, and of the last ones before the end of each longest window, as many as were trained on.
+
+    The latter are the same bytes at every length, with more context the longer the window.
+    """
     bits = torch.nn.functional.cross_entropy(scores.mT, batch["targets"], reduction="none") / np.log(2)
-    last = bits[:, -trained:]
+    last = bits[batch["ends"], -trained:]
     return {"all": (float(bits.double().sum()), bits.numel()), "last": (float(last.double().sum()), last.numel())}
 
 

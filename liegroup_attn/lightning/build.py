@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD
 from liegroup_attn.manifolds import ManifoldTensor, restore
 from liegroup_attn.nn import LieFlow
+from liegroup_attn.positional import PositionalEncoding
 
 __all__ = ["build_optimizer", "warmup_cosine"]
 
@@ -96,7 +97,9 @@ def build_optimizer(
 def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], ...]:
     """Those on a manifold, matrices, the others, and those of flows in a converted model."""
     flowing = {id(p) for m in module.modules() if isinstance(m, LieFlow) for p in m.parameters()}
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    kept = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    # Frequencies, tables and bases of rotations are no weights: 0 is no simpler than any other value.
+    kept |= {id(p) for m in module.modules() if isinstance(m, PositionalEncoding) for p in m.parameters()}
     on_manifold: list[nn.Parameter] = []
     matrices, others, of_flows = on_manifold.copy(), on_manifold.copy(), on_manifold.copy()
     for parameter in module.parameters():
@@ -106,7 +109,7 @@ def _sort_parameters(module: nn.Module) -> tuple[list[nn.Parameter], ...]:
             on_manifold.append(parameter)
         elif id(parameter) in flowing:
             of_flows.append(parameter)
-        elif parameter.dim() >= 2 and id(parameter) not in embeddings:
+        elif parameter.dim() >= 2 and id(parameter) not in kept:
             matrices.append(parameter)
         else:
             others.append(parameter)

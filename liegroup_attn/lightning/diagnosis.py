@@ -77,6 +77,8 @@ def look_at_flow(
     mask = rest[0] if rest else options.get("attn_mask")
     mask = None if mask is None else _cropped(mask.detach(), sequences, n)
     same: dict[str, Any] = {name: options[name] for name in ("is_causal", "scale") if name in options}
+    if (bias := options.get("score_bias")) is not None:
+        same["score_bias"] = _cropped(bias.detach(), sequences, n)
     # Not flow(…): hooks are for the forward pass that is being looked at.
     _, mixing = flow.forward(q, k, v, mask, need_weights=True, closed=True, **same)
     generator = flow.generator(q, k, v, mask, **same)
@@ -87,11 +89,11 @@ def look_at_flow(
 
 
 @torch.no_grad()
-def look_at_layer(layer: SelfAttention, x: Tensor) -> Look:
-    """An attention layer of this library, for an input (B, N, C)."""
+def look_at_layer(layer: SelfAttention, x: Tensor, positions: Tensor | None = None) -> Look:
+    """An attention layer of this library, for an input (B, N, C) and positions as its ``forward`` takes them."""
     with evaluating(layer):
-        mixing = layer.mixing_matrix(x).float()
-        found = layer.flows(x)
+        mixing = layer.mixing_matrix(x, positions=positions).float()
+        found = layer.flows(x, positions)
         eye = torch.eye(x.size(1), dtype=x.dtype, device=x.device).expand(len(x), layer.num_heads, -1, -1)
         chain = found["Q"][0].jump(eye) if "Q" in found else None
         flows = {name: generator.dense() for name, (generator, _) in found.items()}

@@ -31,7 +31,7 @@ class ImageClassifier(Trained):
         streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
-        places: every place has a learned embedding, beside what ``encoding`` does.
+        places: every place has a learned embedding; null (default): if there is no ``encoding``.
         encoding: recipe of the positions of patches, on one axis in reading order, or on two; null (default) for none beside
             the embeddings.
         learning_rate: after warm-up; falls along a cosine to a tenth.
@@ -63,7 +63,7 @@ class ImageClassifier(Trained):
         streams: int = 1,
         mlp_ratio: float = 2.0,
         dropout: float = 0.0,
-        places: bool = True,
+        places: bool | None = None,
         encoding: dict[str, Any] | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
@@ -75,6 +75,7 @@ class ImageClassifier(Trained):
         self.save_hyperparameters()
         self.embedding = nn.Linear(patch_values, width)
         self.num_patches = num_patches
+        places = encoding is None if places is None else places
         self.places = nn.Embedding(num_patches, width) if places else None
         self.transformer = Transformer(
             width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liegroup_attn import positional
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.optim import RiemannianSGD
@@ -67,9 +69,21 @@ def _law(recipe: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
     hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
     max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
-    positions = recipe["num_heads"], recipe.get("encoding"), recipe.get("bias_as") or "scores"
+    positions = recipe["num_heads"], _positions(recipe), recipe.get("bias_as") or "scores"
     learned = bool(recipe.get("ordered")), recipe.get("manifold") or "RateMatrices", recipe.get("scores")
     return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
+
+
+def _positions(variant: Any) -> dict[str, Any] | None:
+    """The encoding with its defaults, but for a scaling of frequencies: longer contexts may be read with other ones."""
+    recipe = variant.get("encoding")
+    if "encoding" not in variant and variant.get("rotary_layout"):  # written before encodings had recipes
+        recipe = ROPE | {"layout": variant["rotary_layout"], "base": variant["rotary_base"]}
+    if recipe is None:
+        return None
+    parameters = inspect.signature(getattr(positional, recipe["module"])).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return {key: value for key, value in (defaults | recipe).items() if key != "scaling"}
 
 
 class LanguageModel(Trained):

@@ -83,7 +83,13 @@ class Watch:
             return look_at_flow(module, sequences, max_tokens, *args, **kwargs)
         layer: Any = module
         x = (args[0] if args else kwargs["x"])[:sequences].detach()
+        positions = args[2] if len(args) > 2 else kwargs.get("positions")
+        few = positions
+        if positions is not None and layer.encoding is not None:
+            tokens = -1 - (layer.encoding.axes > 1)
+            positions = positions[:sequences] if positions.dim() + tokens > 0 else positions
+            few = positions.narrow(tokens, 0, min(max_tokens, positions.size(tokens)))
         try:
-            return look_at_layer(layer, x[:, :max_tokens])
+            return look_at_layer(layer, x[:, :max_tokens], few)
         except ShapeError:  # made for so many tokens
-            return look_at_layer(layer, x)
+            return look_at_layer(layer, x, positions)

@@ -88,14 +88,19 @@ class SelfAttention(nn.Module, ABC):
                 raise ShapeError(
                     f"encoding: expected num_heads={self.num_kv_heads}, got {encoding.num_heads}; one R per key head"
                 )
-            return
-        if encoding.num_heads != self.num_heads:
+        elif encoding.num_heads != self.num_heads:
             raise ShapeError(
                 f"encoding: expected num_heads={self.num_heads}, got {encoding.num_heads}; one bias per query head"
             )
         if encoding.causal_only and not self.is_causal:
             raise MaskError(
-                f"encoding: expected is_causal=True beside {type(encoding).__name__}, got False; it counts what came before"
+                f"encoding: expected is_causal=True beside {type(encoding).__name__}, got False; it means something for "
+                "earlier tokens alone"
+            )
+        if (looks_back := getattr(encoding, "is_causal", self.is_causal)) != self.is_causal:
+            raise MaskError(
+                f"encoding: expected is_causal={self.is_causal} as the layer's, got {type(encoding).__name__} with "
+                f"{looks_back}; build it for this layer"
             )
 
     def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
@@ -182,11 +187,12 @@ class SelfAttention(nn.Module, ABC):
         contextual = isinstance(self.encoding, BiasEncoding) and self.encoding.contextual
         return self.is_causal and not contextual
 
-    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:
+    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:
         """The generators along which values flow, and for how long; the last one first. None for softmax attention.
 
         Args:
             x: (B, N, C), the layer's input.
+            positions: as in ``forward``.
 
         Returns:
             Name → generator on (B, H, N, N) or (H, N, N), and times (H, 1).
@@ -265,6 +271,7 @@ class SelfAttention(nn.Module, ABC):
             if self.training and self.dropout:
                 raise CacheError("cache: expected a layer in eval mode, got one that drops entries; call .eval()")
             bias = self._bias_of_new(cache, x, positions)
+            self._check_positions(x, positions)
             if positions is None:
                 positions = torch.arange(cache.length, cache.length + x.size(-2), device=x.device)
             query, key, value = self._project(x, positions)
@@ -291,9 +298,25 @@ class SelfAttention(nn.Module, ABC):
         self, x: Tensor, positions: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """What ``mix`` takes beside x."""
+        self._check_positions(x, positions)
         query, key, value = self._project(x, positions)
         bias = self.encoding(x, query, key, positions) if isinstance(self.encoding, BiasEncoding) else None
         return query, key, value, attn_mask, bias
+
+    def _check_positions(self, x: Tensor, positions: Tensor | None) -> None:
+        """Two dimensions could be items or heads."""
+        if positions is None or self.encoding is None:
+            return
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}; use torch.as_tensor")
+        shape = positions.shape[:-1] if self.encoding.axes > 1 else positions.shape
+        items = len(shape) == 3 and shape[0] in (1, x.size(0)) and shape[1] == 1
+        if not ((len(shape) == 1 or items) and shape[-1] in (1, x.size(-2))):
+            several = f", {self.encoding.axes}" if self.encoding.axes > 1 else ""
+            raise ShapeError(
+                f"positions: expected ({x.size(-2)}{several}) or ({x.size(0)}, 1, {x.size(-2)}{several}), got "
+                f"{tuple(positions.shape)}; index them as (batch, 1, token{', axis' if several else ''})"
+            )
 
     def _bias_of_new(self, cache: AttentionCache, x: Tensor, positions: Tensor | None) -> Tensor | None:
         """The bias between new tokens and all so far."""

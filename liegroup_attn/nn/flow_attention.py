@@ -69,8 +69,8 @@ class FlowAttention(SoftmaxAttention):
         query, key, value, attn_mask, bias = self._inputs(x, positions, attn_mask)
         return self.lie(query, key, value, attn_mask, is_causal=self.is_causal, score_bias=bias, need_weights=True)[1]
 
-    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
-        query, key, value, attn_mask, bias = self._inputs(x, None, None)
+    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
+        query, key, value, attn_mask, bias = self._inputs(x, positions, None)
         generator = self.lie.generator(query, key, value, attn_mask, is_causal=self.is_causal, score_bias=bias)
         return {"Q": (generator, self.lie.flow_time())}
 

@@ -23,6 +23,7 @@ from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.positional import BiasEncoding
+from liegroup_attn.rates import taking_part
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -193,20 +194,25 @@ class LieAttention(SelfAttention):
         if self.rate_fn is not None:
             raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
         query, key, _, attn_mask, bias = self._inputs(x, positions, attn_mask)
-        plus = None if self.ordered else self._added(x.size(-2), bias)
+        plus = None if self.ordered else self._added(x.size(-2), bias, attn_mask)
         scored = bias if self.bias_as == "scores" else None
         return joined_generator(self._chain(x, query, key, attn_mask, scored), None, self.head_weights, plus)
 
-    def _added(self, num_tokens: int, bias: Tensor | None) -> Generator | None:
+    def _added(self, num_tokens: int, bias: Tensor | None, attn_mask: Tensor | None) -> Generator | None:
         """What is added to the generator of the scores: learned, of positions, both or neither."""
         added = None if self.plus is None else self.plus(num_tokens)
         if bias is None or self.bias_as == "scores":
             return added
         bias = bias.expand(*bias.shape[:-2], num_tokens, num_tokens)  # it may have one row or column for all
+        # Before the softmax: what a mask hides has no share in the rates of what it leaves.
+        hidden = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=bias.device)
         if self.is_causal:
-            ahead = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=bias.device).triu(1)
-            bias = bias.masked_fill(ahead, -torch.inf)
-        of_positions = DenseGenerator.from_rates(self.position_rate.unsqueeze(-1).to(bias.dtype) * bias.softmax(-1))
+            hidden = torch.ones_like(hidden).triu(1)
+        if attn_mask is not None:
+            hidden = hidden | ~taking_part(attn_mask)
+        alone = hidden.all(-1, keepdim=True)
+        chain = torch.where(hidden & ~alone, -torch.inf, bias).softmax(-1) * ~alone
+        of_positions = DenseGenerator.from_rates(self.position_rate.unsqueeze(-1).to(bias.dtype) * chain)
         of_positions.is_causal = self.is_causal
         return of_positions if added is None else added + of_positions
 
@@ -223,10 +229,10 @@ class LieAttention(SelfAttention):
             allow_open_mask=self.allow_open_mask,
         )
 
-    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
+    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
         if self.rate_fn is not None:
             return {}
-        first = {"Q": (self.generator(x), self.flow_time())}
+        first = {"Q": (self.generator(x, positions=positions), self.flow_time())}
         if self.plus is None or not self.ordered:
             return first
         return first | {"Q₊": (self.plus(x.size(-2)), self.flow_time())}
@@ -254,7 +260,7 @@ class LieAttention(SelfAttention):
         attn_mask: Tensor | None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        plus = self._added(x.size(-2), bias)
+        plus = self._added(x.size(-2), bias, attn_mask)
         if plus is not None and self.ordered:
             if attn_mask is not None:
                 plus = masked_as(self._chain(x, query, key, attn_mask), plus)

@@ -91,7 +91,7 @@ class LieMixer(SelfAttention):
             return dropped @ value
         return expm_multiply(generator, value, self.time_scale, clock=self.clock, method=self.method)
 
-    def flows(self, x: Tensor) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
+    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
         time = torch.full((self.num_heads, 1), self.time_scale, device=x.device)
         return {"Q": (self.learned(x.size(-2)), time)}
 

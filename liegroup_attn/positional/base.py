@@ -24,6 +24,7 @@ class PositionalEncoding(nn.Module, ABC):
     fractional = True  # whether positions between integers mean something
     negative = True  # whether positions below 0 mean something
     relative = True  # whether attention sees positions through their differences alone, as a law that tests measure
+    causal_only = False  # whether it means something under a causal mask alone
 
     def coordinates(self, positions: Tensor | None, tokens: torch.Size, like: Tensor) -> Tensor:
         """Positions as numbers to compute with.
@@ -244,7 +245,6 @@ class BiasEncoding(PositionalEncoding):
     """
 
     contextual = False  # whether it depends on the tokens, too; decoding with a cache needs those that do not
-    causal_only = False  # whether it means something under a causal mask alone
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

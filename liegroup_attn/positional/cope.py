@@ -19,6 +19,8 @@ class CoPE(BiasEncoding):
     Positions are no integers: e[p] interpolates between rows of a learned table and stops at its end. Gates and bias are of
     scaled scores, so that q·(k + e[p])/√D is what goes into the softmax. Takes (B, H, N, N + ``max_positions``) numbers.
 
+    Means something under a causal mask alone; ``positions`` do not enter, so packed documents need a mask.
+
     Args:
         num_heads: H.
         head_width: D.

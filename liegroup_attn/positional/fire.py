@@ -16,7 +16,7 @@ _MOST_HIDDEN = 2**22  # numbers of the hidden layer at a time, where no gradient
 class FIRE(BiasEncoding):
     """f(ψ(i − j) / ψ(max(L, i))) is added to the scores, ψ(d) = log(cd + 1), f a small network with one output a head.
 
-    However long the context, f sees numbers from 0 to 1, hence "functional interpolation". c > 0 and the threshold L > 0
+    Means something under a causal mask alone. However long the context, f sees numbers from 0 to 1, hence "functional interpolation". c > 0 and the threshold L > 0
     are learned, on the manifold of positive numbers. Not relative: the same distance counts less further on, once i > L.
 
     Args:
@@ -51,7 +51,7 @@ class FIRE(BiasEncoding):
         hold(self, "scale", torch.tensor([float(scale)]), PositiveVectors())
         hold(self, "threshold", torch.tensor([float(threshold)]), PositiveVectors())
         self.inner = nn.Linear(1, hidden)
-        self.outer = nn.Linear(hidden, num_heads)
+        self.outer = nn.Linear(hidden, num_heads, bias=False)  # a constant per head would change nothing
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, hidden={self.hidden}"
@@ -68,5 +68,5 @@ class FIRE(BiasEncoding):
         distance = (here - there).clamp_min(0)  # what lies ahead is hidden by the causal mask
         share = (c * distance).log1p() / (c * torch.maximum(here, least)).log1p()
         hidden = nn.functional.linear(share.unsqueeze(-1), *(p.to(here.dtype) for p in self.inner.parameters())).relu()
-        bias = nn.functional.linear(hidden, *(p.to(here.dtype) for p in self.outer.parameters()))  # (..., N, M, H)
+        bias = nn.functional.linear(hidden, self.outer.weight.to(here.dtype))  # (..., N, M, H)
         return bias.movedim(-1, -3)

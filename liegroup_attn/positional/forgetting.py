@@ -20,6 +20,8 @@ class ForgettingGate(BiasEncoding):
     Its position is Σ log f_l up to the token; sums are made in float64, since their differences count. w starts at 0 and b so
     that −log f are ALiBi's slopes, hence the gate starts as ALiBi (the paper draws both).
 
+    Means something under a causal mask alone; ``positions`` do not enter, so packed documents need a mask.
+
     Args:
         embed_dim: C.
         num_heads: H.

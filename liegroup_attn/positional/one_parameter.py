@@ -43,7 +43,10 @@ class _OneParameter(torch.autograd.Function):
     def forward(skew: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = skew.double()
         frequencies, vectors = torch.linalg.eigh(torch.complex(torch.zeros_like(wide), -wide))
-        frequencies, vectors = frequencies.to(time.dtype), vectors.to(time.dtype.to_complex())
+        frequencies, vectors = (
+            frequencies.to(time.dtype),
+            vectors.to(torch.complex128 if time.dtype == torch.float64 else torch.complex64),
+        )
         angles = time.unsqueeze(-1) * frequencies  # (..., b)
         turned = vectors * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
         return torch.einsum("...ik,...jk->...ij", turned, vectors.conj()).real.contiguous(), frequencies, vectors

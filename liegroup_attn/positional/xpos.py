@@ -13,7 +13,7 @@ __all__ = ["XPos"]
 class XPos(RotaryEncoding):
     """Queries are scaled by ζ^(n/scale_base), keys by its inverse: a pair's part in a score decays as ζ^((m−n)/scale_base).
 
-    ζ_i = (2i/D + γ)/(1 + γ). Under a causal mask, distances are ≥ 0. Numbers stay finite and normal in float32 while
+    ζ_i = (2i/D + γ)/(1 + γ). Means something under a causal mask alone. Numbers stay finite and normal in float32 while
     ``|n|·ln(1 + 1/γ) < 87 scale_base``: up to ±35 000 with the defaults, in float16 (11 for 87) up to 4 400.
 
     Args:
@@ -33,6 +33,8 @@ class XPos(RotaryEncoding):
 
     Source: [Sun2023]_.
     """
+
+    causal_only = True  # scores of later tokens would grow without bound
 
     def __init__(
         self, head_width: int, *, layout: str, base: float = 10_000.0, scale_base: float = 512, gamma: float = 0.4

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 
+import lightning as L
 import pytest
+import torch
 from rich.console import Console
 
 from experiments.jobs import finished, run_all
@@ -31,6 +34,34 @@ def slow(number: int) -> dict[str, int]:
         os.kill(os.getppid(), 2)  # as Ctrl-C, while the others are at work
     time.sleep(3600)
     return {}
+
+
+def killed(number: int) -> dict[str, int]:
+    if number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does
+    return {"square": number**2}
+
+
+def fitted(number: int) -> dict[str, int]:
+    """Ctrl-C within Lightning's trainer, which makes a SystemExit of it."""
+
+    class Stopped(L.LightningModule):
+        def training_step(self, batch, batch_idx):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(3600)
+
+        def configure_optimizers(self):
+            return None
+
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    if number == 2:
+        L.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(Stopped(), [torch.zeros(1)])
+    return {"square": number**2}
 
 
 def waiting(folder, *numbers):
@@ -61,6 +92,17 @@ def test_a_stop_keeps_what_is_finished(tmp_path):
     with pytest.raises(SystemExit, match="130"):
         run_all(interrupted, waiting(tmp_path, 1, 2, 3), 1, 1, Console(quiet=True))
     assert stored(tmp_path) == {"1": 1}
+
+
+def test_a_stop_within_a_fit_is_a_stop(tmp_path):
+    with pytest.raises(SystemExit, match="130"):
+        run_all(fitted, waiting(tmp_path, 1, 2, 3), 1, 1, Console(quiet=True))
+    assert stored(tmp_path) == {"1": 1}
+
+
+def test_a_killed_process_ends_in_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"runs: expected every process to live, got one that was killed .*--jobs"):
+        run_all(killed, waiting(tmp_path, 0, 1, 2, 3, 4), 2, 1, Console(quiet=True))
 
 
 def test_a_stop_ends_the_other_processes(tmp_path):

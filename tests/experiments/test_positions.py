@@ -116,6 +116,47 @@ def test_text_is_tested_on_the_same_bytes_at_every_length(compared):
     assert all(torch.equal(joined[0], other) for other in joined)
 
 
+def test_the_last_bytes_are_the_same_at_every_length(compared):
+    folder, _ = compared
+    setting = SETTINGS["text"] | {"steps": 1}
+    data = TASKS["text"].data(setting, 0, str(folder / "corpus.txt"), None)
+    last = setting["lengths"][0]
+    found = [
+        torch.cat([batch["targets"][batch["ends"], -last:].flatten() for batch in batches])
+        for batches in data.tests.values()
+    ]
+    assert len(found[0]) == last * setting["test_bytes"] // max(setting["lengths"])
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_splits_share_no_bytes(compared):
+    folder, _ = compared
+    text = "".join(map(chr, np.random.default_rng(0).integers(32, 122, 4000)))  # no stretch of it comes again
+    (folder / "other_text.txt").write_text(text)
+    data = TASKS["text"].data(SETTINGS["text"] | {"steps": 40}, 0, str(folder / "other_text.txt"), None)
+
+    def stretches(batches):
+        return {bytes(row[:8].tolist()) for batch in batches for row in batch["tokens"]}
+
+    train, held, test = stretches(data.train), stretches(data.validation), stretches(data.tests[8])
+    assert not train & held
+    assert not train & test
+    assert not held & test
+
+
+@pytest.mark.parametrize("encoding", ["learned", "rope", "alibi", "t5", "fire", "cope", "forgetting_gate"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_all_start_from_the_same_weights(compared, encoding, mixing):
+    setting = SETTINGS["recall"] | {"steps": 1}
+    models = [
+        cell.started(TASKS["recall"], setting, *encodings.recipes(encodings.ENCODINGS[name], MIXINGS[how], 16), 7)
+        for name, how in (("none", "softmax"), (encoding, mixing))
+    ]
+    plain, other = (model.state_dict() for model in models)
+    assert set(plain) <= set(other)
+    assert all(torch.equal(value, other[name]) for name, value in plain.items())
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_data_are_those_of_their_seed_and_tests_are_everybodys(compared, name):
     folder, _ = compared
@@ -134,10 +175,11 @@ def test_data_are_those_of_their_seed_and_tests_are_everybodys(compared, name):
 
 def test_measures_against_numbers_by_hand():
     scores = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [math.log(3), 0.0]]])  # (B, N, V)
-    batch = {"tokens": torch.zeros(1, 3), "targets": torch.tensor([[0, 1, 0]])}
+    batch = {"tokens": torch.zeros(1, 3), "targets": torch.tensor([[0, 1, 0]]), "ends": torch.tensor([True])}
     found = TASKS["text"].measure(scores, batch, 1)
     assert found["last"] == (pytest.approx(2 - math.log2(3)), 1)
     assert found["all"] == (pytest.approx(4 - math.log2(3)), 3)
+    assert TASKS["text"].measure(scores, batch | {"ends": torch.tensor([False])}, 1)["last"] == (0.0, 0)
     batch["targets"] = torch.tensor([[NO_TARGET, 1, 0]])
     assert TASKS["recall"].measure(scores, batch, 1) == {"all": (100.0, 2)}  # of equal scores the first is taken: 0
     batch["targets"] = torch.tensor([[NO_TARGET, 0, 1]])

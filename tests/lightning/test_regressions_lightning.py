@@ -1,10 +1,19 @@
 """One named test for each bug of the training code that a review found."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
-from liegroup_attn.lightning import LanguageModel, RandomForests, TokenClassifier
+from liegroup_attn.lightning import (
+    GeneratorMonitor,
+    ImageClassifier,
+    LanguageModel,
+    RandomForests,
+    TokenClassifier,
+)
 from liegroup_attn.lightning.callbacks import diagnose, layer_inputs
 
 LIE = {"module": "LieAttention"}
@@ -29,6 +38,55 @@ def test_a_checkpoint_of_other_heads_or_positions_is_refused(tmp_path, changed):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="another variant"):
         LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt", **changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(LanguageModel, {}), (TokenClassifier, {"vocab_size": 20}), (ImageClassifier, {})]
+)
+def test_checkpoints_of_before_encodings_had_recipes(tmp_path, kind, options):
+    """They load where positions are the same, and are refused where they are not."""
+    rotary = {"module": "RotaryEncoding", "layout": "half_split", "base": 500.0}
+    model = kind(LIE, width=16, depth=1, num_heads=2, encoding=rotary, **options)
+    trainer = L.Trainer(max_steps=0, **QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    for part in (stored["hyper_parameters"], stored["attention"]):
+        del part["encoding"]
+        part |= {"rotary_layout": "half_split", "rotary_base": 500.0}
+    torch.save(stored, tmp_path / "old.ckpt")
+    kind.load_from_checkpoint(tmp_path / "old.ckpt", encoding=rotary)
+    with pytest.raises(ValueError, match="another variant"):
+        kind.load_from_checkpoint(tmp_path / "old.ckpt", encoding=None)
+    with pytest.raises(ValueError, match="another variant"):
+        kind.load_from_checkpoint(tmp_path / "old.ckpt", encoding={"module": "RotaryEncoding", "layout": "half_split"})
+
+
+def test_a_checkpoint_may_be_read_with_scaled_frequencies(tmp_path):
+    model = LanguageModel(LIE, width=16, depth=1, num_heads=2)
+    trainer = L.Trainer(max_steps=0, **QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    scaling = {"module": "LinearScaling", "factor": 4.0}
+    rope = {"module": "RotaryEncoding", "layout": "half_split"}
+    longer = LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt", encoding=rope | {"scaling": scaling})
+    tokens = torch.randint(256, (1, 24))
+    assert not torch.allclose(longer(tokens), model(tokens), atol=1e-4)
+    same = LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt", encoding=rope | {"base": 10_000.0})
+    assert torch.equal(same(tokens), model(tokens))
+
+
+def test_the_monitor_looks_at_positions_on_two_axes(tmp_path):
+    encoding = {"module": "AxialRotary", "axes": 2, "layout": "half_split"}
+    model = ImageClassifier(LIE, width=16, depth=1, num_heads=2, encoding=encoding)
+    data = [{"tokens": torch.rand(2, 16, 4), "labels": torch.zeros(2, dtype=torch.long)}] * 2
+    monitor = GeneratorMonitor(every_n_steps=1, figures=False, max_tokens=9)
+    logger = CSVLogger(tmp_path)
+    quiet = QUIET | {"logger": logger}
+    L.Trainer(max_steps=2, callbacks=[monitor], log_every_n_steps=1, **quiet).fit(
+        model, torch.utils.data.DataLoader(data, batch_size=None)
+    )
+    assert "lie/" in (Path(logger.log_dir) / "metrics.csv").read_text()
 
 
 def test_the_monitor_sees_what_autocast_does():

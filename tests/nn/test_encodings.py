@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from liegroup_attn import transition_matrix
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError, ShapeError
-from liegroup_attn.lightning import ImageClassifier, LanguageModel
+from liegroup_attn.lightning import ImageClassifier, LanguageModel, build_optimizer
+from liegroup_attn.lightning.diagnosis import look_at_flow
 from liegroup_attn.nn import (
     LieAttention,
     SoftmaxAttention,
@@ -18,11 +20,17 @@ from liegroup_attn.nn import (
 )
 from liegroup_attn.positional import (
     ALiBi,
+    AxialBlocks,
     BiasEncoding,
+    CayleyString,
+    ForgettingGate,
     LearnedEncoding,
+    LieRotary,
     RotaryEncoding,
     RotationEncoding,
     SinusoidalEncoding,
+    T5Bias,
+    XPos,
     grid_positions,
 )
 
@@ -84,7 +92,7 @@ BAD = {
     "no causal mask": (
         lambda: SoftmaxAttention(C, H, encoding=Backward(H)),
         MaskError,
-        r"encoding: expected is_causal=True beside Backward, got False; it counts what came before",
+        r"encoding: expected is_causal=True beside Backward, got False; it means something for earlier",
     ),
     "symmetric scores": (
         lambda: LieAttention(C, H, scores=SymmetricScores(C, H), encoding=ALiBi(H)),
@@ -326,3 +334,113 @@ def test_a_bias_with_one_row_or_column_leaves_the_causal_mask(build, axis):
         cache = layer.new_cache(2, N)
         parts = [layer(x[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, N))]
         torch.testing.assert_close(torch.cat(parts, 1), layer(x), atol=1e-9, rtol=0)
+
+
+# what a first review found
+
+
+ENCODINGS = {"alibi": lambda: ALiBi(H), "gate": lambda: ForgettingGate(C, H), "rotary": lambda: PerHead(D, H)}
+
+
+@pytest.mark.parametrize("options", [{}, {"bias_as": "rates"}], ids=["scores", "rates"])
+@pytest.mark.parametrize("build", ENCODINGS.values(), ids=ENCODINGS.keys())
+def test_the_generator_of_a_layer_has_its_positions(build, options):
+    if options and isinstance(build(), RotationEncoding):
+        return
+    layer = LieAttention(C, H, is_causal=True, encoding=build(), **options).double()
+    for at in (None, torch.arange(N) * 2):
+        generator = layer.generator(tokens(), positions=at)
+        mixing = layer.mixing_matrix(tokens(), positions=at)
+        flow = transition_matrix(generator, layer.flow_time().detach())
+        torch.testing.assert_close(flow, mixing, atol=2e-3, rtol=0)  # the layer leaves a tail of hops
+        (of_flows, _), *_ = layer.flows(tokens(), at).values()
+        torch.testing.assert_close(of_flows.dense(), generator.dense(), atol=1e-12, rtol=0)
+
+
+def test_a_converted_layer_shows_the_generator_that_it_runs():
+    layer = SoftmaxAttention(C, H, is_causal=True, encoding=ALiBi(H)).double()
+    convert_attention(layer)
+    with torch.no_grad():
+        layer.lie.time += 0.7
+        wanted = layer.mixing_matrix(tokens())
+        generator, time = layer.flows(tokens())["Q"]
+        chain = generator.jump_chain()
+        torch.testing.assert_close(chain @ transition_matrix(generator, time), wanted, atol=2e-3, rtol=0)
+        seen = []
+        with layer.lie.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True):
+            layer(tokens())
+        arguments, options = seen[0]
+        look = look_at_flow(layer.lie, 2, N, *arguments, **options)
+    torch.testing.assert_close(look.mixing, wanted.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_padding_has_no_share_in_positional_rates(start):
+    layer = LieAttention(C, H, encoding=ALiBi(H), bias_as="rates").double()
+    x, kept = tokens(), slice(start, start + 4)
+    mask = torch.zeros(1, 1, 1, N, dtype=torch.bool)
+    mask[..., kept] = True
+    for given in (mask, torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, -torch.inf)):
+        # Hops are as many as the largest rate of all tokens asks for.
+        torch.testing.assert_close(layer(x, given)[:, kept], layer(x[:, kept]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "encoding", [RotaryEncoding(D, layout="half_split"), ALiBi(H), PerHead(D, H)], ids=["rotary", "alibi", "per head"]
+)
+@pytest.mark.parametrize("kind", [SoftmaxAttention, LieAttention])
+def test_positions_of_two_dimensions_are_refused(kind, encoding):
+    """They could be of items or of heads, and are both where there are as many."""
+    layer = kind(C, H, encoding=encoding).double()
+    x = tokens(H, N, C)
+    with pytest.raises(ShapeError, match=r"positions: expected \(7\) or \(4, 1, 7\), got \(4, 7\); index them as"):
+        layer(x, positions=torch.arange(N).expand(H, N))
+    with pytest.raises(TypeError, match=r"positions: expected a tensor, got list; use torch.as_tensor"):
+        layer(x, positions=[0, 1])
+
+
+@pytest.mark.parametrize("kind", [SoftmaxAttention, LieAttention])
+def test_a_mask_of_integers_is_refused_beside_a_bias(kind):
+    layer = kind(C, H, encoding=ALiBi(H)).double()
+    with pytest.raises(ValueError, match=r"attn_mask: expected torch.bool .* got torch.int64; convert it"):
+        layer(tokens(), torch.ones(N, N, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (
+            lambda: SoftmaxAttention(C, H, encoding=T5Bias(H, is_causal=True)),
+            r"is_causal=False as the layer's, got T5Bias",
+        ),
+        (
+            lambda: SoftmaxAttention(C, H, is_causal=True, encoding=T5Bias(H, is_causal=False)),
+            r"is_causal=True as the layer's, got T5Bias with False; build it",
+        ),
+        (
+            lambda: SoftmaxAttention(C, H, encoding=XPos(D, layout="half_split")),
+            r"is_causal=True beside XPos, got False",
+        ),
+    ],
+)
+def test_directions_are_those_of_the_mask(build, match):
+    with pytest.raises(MaskError, match=match):
+        build()
+
+
+def test_positions_do_not_decay():
+    model = Transformer(C, 1, H, encoding={"module": "MixedRotary", "axes": 1, "layout": "half_split"}, is_causal=True)
+    optimizer = build_optimizer(model, 1e-2, weight_decay=0.1)
+    decaying = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    frequencies = model.blocks[0].attention.encoding.frequencies
+    assert decaying
+    assert id(frequencies) not in decaying
+    assert id(model.blocks[0].attention.q_proj.weight) in decaying
+
+
+@pytest.mark.parametrize("encoding", [CayleyString(D, H), LieRotary(D, H, block=4), AxialBlocks(D, H, block=4)])
+def test_learned_rotations_compile_into_one_graph(encoding):
+    layer = SoftmaxAttention(C, H, is_causal=True, encoding=encoding)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = tokens(dtype=torch.float32)
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-6, rtol=0)

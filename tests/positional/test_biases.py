@@ -103,11 +103,11 @@ def test_fire_against_a_loop():
     got = fire(X, Q, K)
     w1, b1 = fire.inner.weight[:, 0].tolist(), fire.inner.bias.tolist()
     for h in range(H):
-        w2, b2 = fire.outer.weight[h].tolist(), float(fire.outer.bias[h])
+        w2 = fire.outer.weight[h].tolist()
         for i in range(N):
             for j in range(i + 1):
                 share = math.log(0.3 * (i - j) + 1) / math.log(0.3 * max(4.0, i) + 1)
-                wanted = b2 + sum(w * max(0.0, a * share + b) for w, a, b in zip(w2, w1, b1, strict=True))
+                wanted = sum(w * max(0.0, a * share + b) for w, a, b in zip(w2, w1, b1, strict=True))
                 assert float(got[h, i, j]) == pytest.approx(wanted, abs=1e-6)  # c and L are float32
 
 
