@@ -8,12 +8,13 @@ from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 import liegroup_attn
 from liegroup_attn import manifolds, positional
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.nn import scores as score_modules
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention
 from liegroup_attn.nn.mixer import LieMixer
-from liegroup_attn.positional import PositionalEncoding
+from liegroup_attn.positional import FrequencyScaling, PositionalEncoding
 
 __all__ = ["AttentionRecipe", "build_attention", "build_encoding"]
 
@@ -158,7 +159,7 @@ def build_encoding(
     Args:
         recipe: ``module``, the name of a class of ``liegroup_attn.positional``, and its own arguments but for
             ``embed_dim``, ``num_heads``, ``head_width`` and ``is_causal``, which the model knows; None for no positions.
-            An argument that is an object is a recipe itself, e.g. ``scaling: {module: YaRN, factor: 4}``.
+            A scaling is a recipe itself, e.g. ``scaling: {module: YaRN, factor: 4.0, original_length: 2048}``.
         embed_dim: C, model width.
         num_heads: H.
         is_causal: lower-triangular mask.
@@ -168,6 +169,8 @@ def build_encoding(
 
     Raises:
         ValueError: unknown name or argument, or one that is missing.
+        TypeError: no recipe.
+        ShapeError: heads that do not divide the width.
 
     Example:
         >>> build_encoding({"module": "RotaryEncoding", "layout": "interleaved"}, 16, 2)
@@ -175,7 +178,14 @@ def build_encoding(
     """
     if recipe is None:
         return None
-    known = {name: kind for name in positional.__all__ if _concrete(kind := getattr(positional, name))}
+    if not isinstance(recipe, Mapping):
+        raise TypeError(
+            f"encoding: expected a recipe such as {{'module': 'ALiBi'}} or None, got {recipe!r}; objects go into layers, "
+            "LieAttention(…, encoding=…)"
+        )
+    if embed_dim % num_heads:
+        raise ShapeError(f"num_heads: expected a divisor of {embed_dim}, got {num_heads}; change one of the two")
+    known = _named(PositionalEncoding)
     sizes = {
         "embed_dim": embed_dim,
         "num_heads": num_heads,
@@ -186,8 +196,16 @@ def build_encoding(
     return built
 
 
-def _concrete(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, PositionalEncoding) and not inspect.isabstract(kind)
+def _named(base: type) -> dict[str, Any]:
+    """The classes of ``positional`` that a name and plain values can build."""
+    kinds = {
+        name: getattr(positional, name) for name in positional.__all__ if name != "FoldedRotary"
+    }  # it is folded from one
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if isinstance(kind, type) and issubclass(kind, base) and kind is not base and not inspect.isabstract(kind)
+    }
 
 
 def _build_named(where: str, recipe: Mapping[str, Any], known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
@@ -203,7 +221,10 @@ def _build_named(where: str, recipe: Mapping[str, Any], known: Mapping[str, Any]
     if missing := [key for key in own if wanted[key].default is inspect.Parameter.empty and key not in given]:
         raise ValueError(f"{where}: expected {missing} for {name}, got {sorted(given)}; add what is missing")
     for key, value in given.items():
-        if isinstance(value, Mapping):
-            objects = {name: kind for name in positional.__all__ if isinstance(kind := getattr(positional, name), type)}
-            given[key] = _build_named(f"{where}.{key}", value, objects, {})
+        if key == "scaling":
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"{where}.scaling: expected a recipe such as {{'module': 'YaRN', …}}, got {value!r}; give the class and its numbers"
+                )
+            given[key] = _build_named(f"{where}.{key}", value, _named(FrequencyScaling), {})
     return known[name](**{key: size for key, size in sizes.items() if key in wanted}, **given)

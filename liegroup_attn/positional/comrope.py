@@ -13,7 +13,7 @@ __all__ = ["AxialBlocks", "DependentBlocks"]
 
 
 class AxialBlocks(BlockExponential):
-    """R(x) = exp(Σ_p x_p A_p), each block of which belongs to one axis: block k to axis k mod P, all others are 0 there.
+    """ComRoPE-AP: R(x) = exp(Σ_p x_p A_p), each block of which belongs to one axis: block k to axis k mod P, all others are 0 there.
 
     R(x)ᵀR(y) = R(y − x) holds: blocks of different axes commute. At the start the blocks of every axis turn random planes
     at RoPE's frequencies.
@@ -57,7 +57,7 @@ class AxialBlocks(BlockExponential):
 
 
 class DependentBlocks(BlockExponential):
-    """R(x) = exp(Σ_p x_p A_p), A_p = θ_p A in each block: linearly dependent, one skew-symmetric A and a factor for each axis.
+    """ComRoPE-LD: R(x) = exp(Σ_p x_p A_p), A_p = θ_p A in each block: linearly dependent, one skew-symmetric A and a factor for each axis.
 
     R(x)ᵀR(y) = R(y − x) holds: multiples of one matrix commute. At the start A turns random planes at RoPE's frequencies,
     and θ is a random direction.

@@ -12,7 +12,7 @@ __all__ = ["LieRotary"]
 
 
 class LieRotary(BlockExponential):
-    """R(x) = exp(Σ_p x_p A_p) with a free skew-symmetric A_p for every axis, in blocks of size b; b = D is dense.
+    """LieRE: R(x) = exp(Σ_p x_p A_p) with a free skew-symmetric A_p for every axis, in blocks of size b; b = D is dense.
 
     R(x)ᵀR(y) = R(y − x) holds on one axis and for b = 2 alone: larger A_p do not commute, ``relative`` is then False and
     scores know where tokens are, not only how far apart.

@@ -37,7 +37,7 @@ class HeadFrequencies(PairRotation):
 
 
 class MixedRotary(HeadFrequencies):
-    """Pair i of a head turns by Σ_p x_p f_ip, f learned; all planes turn at once, so the law holds on all axes.
+    """RoPE-Mixed: pair i of a head turns by Σ_p x_p f_ip, f learned; all planes turn at once, so the law holds on all axes.
 
     Starts as axial RoPE along the axes of a random rotation of space per head, pairs taking axes in turn (of one axis: as
     RoPE).

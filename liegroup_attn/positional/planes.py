@@ -20,7 +20,7 @@ _STEPS = 3  # for a frame in half precision, 1e-2 from orthonormal
 
 
 class PlaneRotary(HeadRotation):
-    """Rotations in K learned planes a head, orthogonal to one another; all else stays. O(DK) a token.
+    """GRAPE's planes: rotations in K learned planes a head, orthogonal to one another; all else stays. O(DK) a token.
 
     With an orthonormal frame a_1 … a_K, b_1 … b_K and learned frequencies ω_k,
     R(x)q = q + Σ_k [(cos ω_k·x − 1)(a_k a_kᵀ + b_k b_kᵀ) + sin(ω_k·x)(b_k a_kᵀ − a_k b_kᵀ)] q. R(x)ᵀR(y) = R(y − x)

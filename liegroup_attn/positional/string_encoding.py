@@ -14,7 +14,7 @@ __all__ = ["CayleyString", "CirculantString"]
 
 
 class CayleyString(HeadRotation):
-    """R(x) = P RoPE(x·f) Pᵀ with learned frequencies f and P = (I + S)⁻¹(I − S), the Cayley transform of a learned skew S.
+    """Cayley-STRING: R(x) = P RoPE(x·f) Pᵀ with learned frequencies f and P = (I + S)⁻¹(I − S), the Cayley transform of a learned skew S.
 
     R(x)ᵀR(y) = R(y − x) holds: all generators have the planes of P. S starts at 0, f at RoPE's frequencies (in random
     directions on several axes): on one axis it starts as RoPE in the layout "half_split". Turns of a plane in itself change
@@ -66,7 +66,7 @@ class CayleyString(HeadRotation):
 
 
 class CirculantString(HeadRotation):
-    """R(x) = exp(Σ_p x_p C_p) with learned skew-symmetric circulant C_p, diagonal in the Fourier basis: O(D log D) a token.
+    """Circulant-STRING: R(x) = exp(Σ_p x_p C_p) with learned skew-symmetric circulant C_p, diagonal in the Fourier basis: O(D log D) a token.
 
     R(x)ᵀR(y) = R(y − x) holds: circulant matrices commute. C_p is given by its first column c, c_{−j} = −c_j, and its
     eigenvalues are ±i f_k, f_k = −2 Σ_{j<D/2} c_j sin(2πjk/D); at the start these are RoPE's, of D/2 − 1 pairs (in random

@@ -146,6 +146,30 @@ BAD = {
         ValueError,
         r"encoding: expected keys from \[\] for ALiBi, got \['num_heads'\]; remove",
     ),
+    "an object for a recipe": (
+        lambda: build_encoding(ALiBi(H), C, H),
+        TypeError,
+        r"encoding: expected a recipe such as .* or None, got ALiBi\(4\); objects go into layers",
+    ),
+    "a name for a recipe": (lambda: build_encoding("ALiBi", C, H), TypeError, r"expected a recipe .*, got 'ALiBi'"),
+    "no scaling": (
+        lambda: build_encoding({"module": "RotaryEncoding", "layout": "half_split", "scaling": "YaRN"}, C, H),
+        TypeError,
+        r"encoding.scaling: expected a recipe such as .*, got 'YaRN'; give the class",
+    ),
+    "another scaling": (
+        lambda: build_encoding(
+            {"module": "RotaryEncoding", "layout": "half_split", "scaling": {"module": "ALiBi"}}, C, H
+        ),
+        ValueError,
+        r"encoding.scaling.module: expected one of \['DynamicNTK', .*'YaRN'\], got 'ALiBi'; name one",
+    ),
+    "contract": (
+        lambda: build_encoding({"module": "PositionalEncoding"}, C, H),
+        ValueError,
+        r"got 'PositionalEncoding'; name one",
+    ),
+    "width": (lambda: build_encoding({"module": "ALiBi"}, 17, 2), ShapeError, r"num_heads: expected a divisor of 17"),
     "missing key": (
         lambda: build_encoding({"module": "RotaryEncoding"}, C, H),
         ValueError,
