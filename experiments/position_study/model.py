@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from liegroup_attn.lightning.modules import Trained
 from liegroup_attn.nn import AttentionRecipe, Transformer
 
-__all__ = ["IGNORED", "MASK", "PositionModel", "mask_tokens"]
+__all__ = ["IGNORED", "MASK", "PositionModel", "hidden_at", "mask_tokens"]
 
 MASK = 256  # the token after the last byte
 IGNORED = -100  # label of a position that is not asked for
 SHARE = 0.15
+_VALIDATION = 10**12  # far from every seed of training
 
 
 def mask_tokens(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,11 @@ def mask_tokens(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
     other = torch.randint(MASK, tokens.shape, generator=generator)
     hidden = torch.where(kind < 0.8, MASK, torch.where(kind < 0.9, other, tokens))
     return torch.where(asked, hidden, tokens), tokens.masked_fill(~asked, IGNORED)
+
+
+def hidden_at(tokens: Tensor, batch_idx: int) -> Tensor:
+    """Labels of a batch of the validation, where the same positions are hidden from every model."""
+    return mask_tokens(tokens, torch.Generator().manual_seed(_VALIDATION + batch_idx))[1]
 
 
 class PositionModel(Trained):
@@ -87,7 +93,7 @@ class PositionModel(Trained):
         return self._loss(batch, self.seed * 1_000_003 + batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss = self._loss(batch, 10**12 + batch_idx)  # the same positions are hidden from every model
+        loss = self._loss(batch, _VALIDATION + batch_idx)
         self.log("validation/loss", loss, batch_size=len(batch["tokens"]))
 
     def _loss(self, batch: dict[str, Tensor], seed: int) -> Tensor:

@@ -13,7 +13,7 @@ __all__ = ["locality", "probe_states", "probe_table", "ridge"]
 
 FOLDS = 8  # of a table's positions
 PAIRS = 32  # a window
-NEAR = 2  # tokens
+NEAR, FAR = 2, (4, 8)  # tokens
 CAUTION = 1.4
 
 
@@ -44,12 +44,14 @@ def ridge(x: Tensor, y: Tensor, independent: int | None = None) -> Callable[[Ten
     return lambda new: (new - mean) @ weights + middle
 
 
-def probe_table(table: Tensor, seed: int = 0) -> dict[str, float]:
-    """Read positions that the fit has not seen from their vectors.
+def probe_table(table: Tensor) -> dict[str, float]:
+    """Read positions that the fit has not seen, nor their neighbours, from their vectors.
+
+    What is left out are N/8 positions in a row: of a table that only knows its neighbourhood, nothing can be read there,
+    while a direction along which positions lie in order goes on.
 
     Args:
-        table: (N, C), one vector a position, N ≥ 2 · 8.
-        seed: of the folds.
+        table: (N, C), one vector a position, N ≥ 3 · 8.
 
     Returns:
         ``r2`` and ``mae`` (tokens) of the position; ``order``, the share of pairs whose order is told by the
@@ -57,14 +59,13 @@ def probe_table(table: Tensor, seed: int = 0) -> dict[str, float]:
     """
     table = table.double()
     n = len(table)
-    if n < 2 * FOLDS:
-        raise ValueError(f"table: expected at least {2 * FOLDS} positions, got {n}; two a fold")
+    if n < 3 * FOLDS:
+        raise ValueError(f"table: expected at least {3 * FOLDS} positions, got {n}; three a fold")
     position = torch.arange(n, dtype=table.dtype)
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    folds = torch.arange(n).tensor_split(FOLDS)
     seen: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     for fold in range(FOLDS):
-        out = shuffled[fold::FOLDS]
-        fit = torch.cat([shuffled[other::FOLDS] for other in range(FOLDS) if other != fold])
+        out, fit = folds[fold], torch.cat([*folds[:fold], *folds[fold + 1 :]])
         vectors = table - table[fit].mean(0)
         seen[0].append((ridge(vectors[fit], position[fit])(vectors[out]), position[out]))
         (i, j), (k, m) = (torch.cartesian_prod(part, part).T for part in (fit, out))
@@ -127,29 +128,37 @@ def _r2(found: Tensor, true: Tensor) -> float:
 
 
 def locality(table: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
-    """How much more alike neighbours are than positions far from each other.
+    """How much more alike next neighbours are than positions a few steps on.
 
     Args:
-        table: (N, C), one vector a position, N ≥ 4 · 2.
+        table: (N, C), one vector a position, N > 8.
 
     Returns:
-        The numbers: ``near``, mean cosine at distances 1 and 2, ``far``, at N/4 and more, ``contrast``, near − far,
-        ``mass``, the share of |cosine| at distances 1 and 2 of that at all but 0, over the share of pairs (1: not local),
+        The numbers: ``near``, mean cosine at distances 1 and 2, ``beyond``, at 4 to 8, ``contrast``, near − beyond: small for a
+        table along a line however steep, since cosines fall slowly there; ``far``, at N/4 and more; ``mass``, the share of |cosine| at distances 1 and 2 of that at all but 0, over the share of pairs (1: not local),
         and ``rows``, mean correlation of neighbouring rows of the map. Then mean cosine at distance 0 … N − 1, and the
         map (N, N).
     """
     similarity = position_similarity(table.double())
     n = len(similarity)
-    if n < 4 * NEAR:
-        raise ValueError(f"table: expected at least {4 * NEAR} positions, got {n}; near and far must differ")
+    if n <= FAR[1]:
+        raise ValueError(f"table: expected at least {FAR[1] + 1} positions, got {n}; near and far must differ")
     gap = (torch.arange(n)[:, None] - torch.arange(n)).abs()
     near, all_pairs = (gap >= 1) & (gap <= NEAR), gap >= 1
     curve = torch.stack([similarity.diagonal(d).mean() for d in range(n)])
     close, far = float(similarity[near].mean()), float(similarity[gap >= n // 4].mean())
+    beyond = float(similarity[(gap >= FAR[0]) & (gap <= FAR[1])].mean())
     mass = similarity[near].abs().mean() / similarity[all_pairs].abs().mean().clamp(min=1e-30)
     rows = torch.corrcoef(similarity).diagonal(1).nan_to_num().mean()
     return (
-        {"near": close, "far": far, "contrast": close - far, "mass": float(mass), "rows": float(rows)},
+        {
+            "near": close,
+            "beyond": beyond,
+            "far": far,
+            "contrast": close - beyond,
+            "mass": float(mass),
+            "rows": float(rows),
+        },
         curve,
         similarity,
     )

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+from experiments.position_study.counts import counted
 from experiments.position_study.model import PositionModel
 from experiments.position_study.probes import locality, probe_states, probe_table
 from experiments.provenance import code_hash, device_name
@@ -27,7 +28,7 @@ MIXINGS: dict[str, Any] = {
     "exp": {"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock"},
 }
 ENCODINGS: dict[str, dict[str, Any]] = {
-    "learned": {"module": "LearnedEncoding"},  # num_positions is the context
+    "learned": {"module": "LearnedEncoding", "std": 1.0},  # as large as bytes' vectors; num_positions is the context
     "sinusoidal": {"module": "SinusoidalEncoding"},
     "rotary": {"module": "RotaryEncoding", "layout": "half_split"},
 }
@@ -96,6 +97,7 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "cpu_seconds": round(seconds, 2),
         "validation_loss": last["validation/loss"],
+        "counts": counted(data, ROLES[role]),
         **found,
         "trained": _probe(model, windows, keep_map=encoding == "learned"),
     }

@@ -88,9 +88,9 @@ def test_loading_and_decoding_can_fail(monkeypatch):
         assert report.passed("save, load", measure(subject)["save, load"]) is False
     extend = FlowAttention.extend
 
-    def forgets_the_past(self, x, query, key, value, cache):
+    def forgets_the_past(self, x, query, key, value, cache, bias=None):
         cache.values.zero_()
-        return extend(self, x, query, key, value, cache)
+        return extend(self, x, query, key, value, cache, bias)
 
     monkeypatch.setattr(FlowAttention, "extend", forgets_the_past)
     assert report.passed("cached = recomputed", measure(subject)["cached = recomputed"]) is False

@@ -89,11 +89,11 @@ def test_attention_maps(case):
             assert got == wanted
             return
         for one, other in zip(got, wanted, strict=True):
-            torch.testing.assert_close(one, other)
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)  # theirs is a float32 softmax
         _, intermediates = plain(tokens(), return_intermediates=True)
         _, seen = lie(tokens(), return_intermediates=True)
         for one, other in zip(seen.attn_intermediates, intermediates.attn_intermediates, strict=True):
-            torch.testing.assert_close(one.to_tuple(), other.to_tuple())
+            torch.testing.assert_close(one.to_tuple(), other.to_tuple(), atol=1e-6, rtol=1e-6)
         _, moved = moving(lie)(tokens(), return_attn=True)
     for one, other in zip(moved, wanted, strict=True):
         torch.testing.assert_close(one.sum(-1), torch.ones_like(one[..., 0]))
