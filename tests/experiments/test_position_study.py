@@ -239,7 +239,7 @@ def test_counts_against_counts_by_hand(tmp_path):
     # After a come b and d by turns, after all others one byte; between two neighbours there is but one.
     assert decoder["left"] == pytest.approx(math.log(2) / 3, abs=0.02)
     assert 0 <= encoder["both"] < 0.6 * encoder["left"]  # but at the edges, which have one neighbour
-    assert decoder["none"] == pytest.approx(-(2 / 3 * math.log(1 / 3) + 1 / 3 * math.log(1 / 6)), abs=0.02)
+    assert decoder["none"] == pytest.approx(math.log(3) / 3 + 2 / 3 * math.log(6), abs=0.02)
 
 
 @pytest.mark.parametrize(
