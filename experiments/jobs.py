@@ -8,9 +8,10 @@ import multiprocessing
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ def run_all(run: Run, waiting: Mapping[Path, tuple[Any, ...]], jobs: int, thread
     failed: dict[str, BaseException] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        # Closed at once, wherever Ctrl-C comes: a traceback would keep it, and its processes, alive.
+        with (
+            closing(_ended(run, waiting, jobs, threads)) as ended,
+            Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+        ):
             bar = progress.add_task(f"{min(jobs, max(1, len(waiting)))} at a time", total=len(waiting))
-            for path, future in _ended(run, waiting, jobs, threads):
+            for path, future in ended:
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):  # those that wait for it have done nothing wrong
                     raise error
@@ -101,7 +106,7 @@ def run_all(run: Run, waiting: Mapping[Path, tuple[Any, ...]], jobs: int, thread
 
 def _ended(
     run: Run, waiting: Mapping[Path, tuple[Any, ...]], jobs: int, threads: int
-) -> Iterator[tuple[Path, Future[dict[str, Any]]]]:
+) -> Generator[tuple[Path, Future[dict[str, Any]]], None, None]:
     """Runs as they end."""
     if jobs == 1 or len(waiting) < 2:
         before = torch.get_num_threads()
