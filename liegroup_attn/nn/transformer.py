@@ -104,13 +104,13 @@ class Transformer(nn.Module):
         if num_heads < 1 or width % num_heads:
             raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
         recipe = {"module": "SoftmaxAttention"} if attention is None else attention
-        self.absolute: AbsoluteEncoding | None = None
+        first = build_encoding(encoding, width, num_heads, is_causal=is_causal)
+        self.absolute = first if isinstance(first, AbsoluteEncoding) else None
         blocks = []
         for i in range(depth):
-            acting = build_encoding(encoding, width, num_heads, is_causal=is_causal)
-            if isinstance(acting, AbsoluteEncoding):
-                self.absolute = self.absolute or acting
-                acting = None
+            acting = None
+            if self.absolute is None:
+                acting = first if i == 0 else build_encoding(encoding, width, num_heads, is_causal=is_causal)
             layer = build_attention(recipe, width, num_heads, is_causal=is_causal, encoding=acting, dropout=dropout)
             residuals = [ResidualStreams(streams, reads=2 * i + k) if streams > 1 else Residual() for k in range(2)]
             blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))

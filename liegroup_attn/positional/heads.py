@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.base import RotationEncoding, check_sizes
 from liegroup_attn.positional.mixed import HeadFrequencies
+from liegroup_attn.positional.pairs import check_base
 
 __all__ = ["FoldedRotary", "HeadRotation", "nearest_orthonormal", "start_frequencies"]
 
@@ -132,8 +133,7 @@ class FoldedRotary(HeadFrequencies):
 
 def start_frequencies(num_heads: int, pairs: int, axes: int, base: float) -> Tensor:
     """RoPE's base^(−i/pairs), (H, pairs, P): along the axis, or along a random direction where there are several."""
-    if not base > 0:
-        raise ValueError(f"base: expected a number > 0, got {base}; RoPE's is 10000")
+    check_base(base)
     size = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     directions = torch.ones(num_heads, pairs, 1) if axes == 1 else torch.randn(num_heads, pairs, axes)
     directions = nn.functional.normalize(directions, dim=-1)

@@ -14,7 +14,7 @@ class XPos(RotaryEncoding):
     """Queries are scaled by ζ^(n/scale_base), keys by its inverse: a pair's part in a score decays as ζ^((m−n)/scale_base).
 
     ζ_i = (2i/D + γ)/(1 + γ). Means something under a causal mask alone. Numbers stay finite and normal in float32 while
-    ``|n|·ln(1 + 1/γ) < 87 scale_base``: up to ±35 000 with the defaults, in float16 (11 for 87) up to 4 400.
+    ``|n|·ln(1 + 1/γ) < 87 scale_base``: up to ±35 000 with the defaults, in float16 (9.7 for 87) up to ±3 900.
 
     Args:
         head_width: D, even.
