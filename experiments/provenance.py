@@ -14,9 +14,8 @@ import liegroup_attn
 __all__ = ["code_hash", "device_name"]
 
 
-def code_hash() -> str:
-    """Of the library's source."""
-    package = Path(liegroup_attn.__file__).parent
+def code_hash(package: Path = Path(liegroup_attn.__file__).parent) -> str:
+    """Of a folder's source, by default the library's."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from experiments.counts import BYTES, log_frequencies
 from experiments.position_study.model import IGNORED, hidden_at
 from liegroup_attn.lightning import ByteCorpus
 from liegroup_attn.lightning.data.text import read_splits
 
 __all__ = ["counted"]
-
-_BYTES = 256
-_PRIOR = 0.01  # of a count, for every byte
 
 
 def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
@@ -27,8 +25,8 @@ def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
         neighbours, which are taken as they are although they may be hidden from the model, too.
     """
     text = _tensor(read_splits(data.source, data.path or data.folder)["train"])
-    single, after = _logs(text), _logs(text[:-1], text[1:])
-    around = None if is_causal else _logs(text[:-2] * _BYTES + text[2:], text[1:-1], _BYTES**2)
+    single, after = log_frequencies(text), log_frequencies(text[:-1], text[1:])
+    around = None if is_causal else log_frequencies(text[:-2] * BYTES + text[2:], text[1:-1], BYTES**2)
     found: dict[str, list[Tensor]] = {}
     for index, batch in enumerate(data.val_dataloader()):
         tokens, targets = batch["tokens"], batch["targets"]
@@ -44,7 +42,7 @@ def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
             parts = {
                 "none": single[byte],
                 "left": left,
-                "both": torch.where(inside, around[before * _BYTES + behind, byte], left),
+                "both": torch.where(inside, around[before * BYTES + behind, byte], left),
             }
         for name, logs in parts.items():
             found.setdefault(name, []).append(-logs.flatten())
@@ -53,13 +51,3 @@ def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
 
 def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-
-
-def _logs(given: Tensor, byte: Tensor | None = None, contexts: int = _BYTES) -> Tensor:
-    """log p(byte), (256,), or log p(byte | given), (contexts, 256)."""
-    if byte is None:
-        counts = torch.bincount(given, minlength=_BYTES).float().unsqueeze(0)
-    else:
-        counts = torch.bincount(given * _BYTES + byte, minlength=contexts * _BYTES).float().view(contexts, _BYTES)
-    logs = (counts + _PRIOR).log() - (counts.sum(-1, keepdim=True) + _BYTES * _PRIOR).log()
-    return logs.squeeze(0) if byte is None else logs

@@ -70,7 +70,7 @@ class PositionModel(Trained):
         is_causal: bool,
         width: int = 64,
         depth: int = 2,
-        num_heads: int = 4,
+        num_heads: int = 2,
         seed: int = 0,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.0,

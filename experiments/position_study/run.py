@@ -18,7 +18,7 @@ from experiments.position_study.train import ENCODINGS, MIXINGS, ROLES, corpus_o
 
 __all__ = ["main"]
 
-FIXED: dict[str, Any] = {"width": 64, "depth": 2, "num_heads": 4, "learning_rate": 3e-3, "warmup_steps": 50}
+FIXED: dict[str, Any] = {"width": 64, "depth": 2, "num_heads": 2, "learning_rate": 3e-3, "warmup_steps": 50}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seed 0 was of the pilots")
     parser.add_argument("--corpus", default="tinyshakespeare", help="as ByteCorpus takes it")
     parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--context", type=int, default=64, help="bytes a window")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--eval-windows", type=int, default=256, help="of validation, and of test")

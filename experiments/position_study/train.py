@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -90,9 +91,10 @@ def train(
         "seed": seed,
         "setting": setting,
         "hardware": {"name": device_name(torch.device("cpu")), "threads": threads},
-        "versions": {name: version(name) for name in ("torch", "lightning")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code_hash(),
+        "experiment_code": code_hash(Path(__file__).parent),
         "data": data.facts(),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "cpu_seconds": round(seconds, 2),

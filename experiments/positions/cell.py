@@ -17,6 +17,7 @@ from torch import nn
 from experiments.positions.encodings import MIXINGS, RESCALED, recipes
 from experiments.positions.tasks import TASKS, Batch, Task
 from experiments.provenance import code_hash, device_name
+from liegroup_attn.nn import LieAttention
 from liegroup_attn.positional import LearnedEncoding
 
 __all__ = ["Cell", "measured", "run_cell"]
@@ -88,13 +89,16 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "train_loss": train_loss,
         "validation": validation,
         "test": test,
+        "references": {title: _tests(known, task, data.tests, setting) for title, known in data.references.items()},
+        "times": _times(model),
         "rescaled": _rescaled(model, task, data.tests, cell) if cell.encoding == "rope" and len(data.tests) > 1 else {},
         "cpu_seconds": {"train": trained - start, "test": time.process_time() - trained},
         "data": data.facts,
         "hardware": {"name": device_name(torch.device("cpu")), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("torch", "lightning")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "code": code_hash(),
+        "experiment_code": code_hash(Path(__file__).parent),
     }
 
 
@@ -124,11 +128,20 @@ def measured(model: nn.Module, task: Task, batches: list[Batch], trained: int) -
 
 def _tests(model: nn.Module, task: Task, tests: dict[int, list[Batch]], setting: dict[str, Any]) -> Test:
     """Test length → what was measured; None where a table has no row for a position."""
-    absolute = getattr(model.transformer, "absolute", None)
+    absolute = getattr(getattr(model, "transformer", None), "absolute", None)
     rows = len(absolute.weight) if isinstance(absolute, LearnedEncoding) else None
     return {
         str(length): measured(model, task, batches, setting["lengths"][0]) if rows is None or length <= rows else None
         for length, batches in tests.items()
+    }
+
+
+def _times(model: nn.Module) -> dict[str, list[float]]:
+    """Module → times of its heads; empty for softmax attention, which has none."""
+    return {
+        name: [round(time, 4) for time in module.flow_time().detach().flatten().tolist()]
+        for name, module in model.named_modules()
+        if isinstance(module, LieAttention)
     }
 
 

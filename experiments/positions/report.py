@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.positions.encodings import MIXINGS, RESCALED
+from experiments.positions.encodings import MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
 from experiments.positions.tasks import TASKS
 
@@ -16,6 +16,7 @@ __all__ = ["FOLDER", "Rows", "load", "positions_tables", "report", "rows"]
 
 FOLDER = "positions"
 NONE_YET = "No results are committed yet; `liegroup-attn positions` makes them.\n"
+NONE = "—"
 Result = dict[str, Any]
 Rows = dict[str, dict[str, list[Result]]]  # title of the encoding → mixing → runs by seed
 
@@ -101,35 +102,62 @@ def _table(runs: Sequence[Result], key: str) -> str:
         cells = [
             spread([None if run["test"][length] is None else run["test"][length][key] for run in by[mixing]], form)
             if mixing in by
-            else ""
+            else _missing(runs[0]["task"], title, mixing)
             for mixing in mixings
             for length in lengths
         ]
         lines.append([title, *cells])
-    return _markdown(header, lines) + f"\n{_provenance(runs)}\n"
+    return _markdown(header, lines) + f"\n{_references(runs, key, form)} {_provenance(runs)}\n"
+
+
+def _missing(task: str, title: str, mixing: str) -> str:
+    """Why there is no number: the two cannot stand together, or the cell was not run."""
+    choice = next((choice for choice in TASKS[task].encodings.values() if choice.title == title), None)
+    return NONE if choice is not None and not combined(choice, MIXINGS[mixing]) else ""
+
+
+def _references(runs: Sequence[Result], key: str, form: str) -> str:
+    """What is reached without attention."""
+    first = {run["seed"]: run["references"] for run in runs}  # the same for all cells of a seed
+    lengths = [str(length) for length in runs[0]["setting"]["lengths"]]
+    parts = []
+    for title in next(iter(first.values())):
+        found = {length: spread([known[title][length][key] for known in first.values()], form) for length in lengths}
+        same = len(set(found.values())) == 1
+        parts.append(
+            f"{title} {found[lengths[0]] if same else ', '.join(f'{x} at {length}' for length, x in found.items())}"
+        )
+    return f"Without attention: {'; '.join(parts)}."
 
 
 def _cost(runs: Sequence[Result]) -> str:
-    """Milliseconds a training step."""
+    """Milliseconds a training step, and parameters beside those of the model without positions."""
     tasks = [task for task in TASKS if any(run["task"] == task for run in runs)]
     mixings = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
     titles = {c.title: None for task in tasks for c in TASKS[task].encodings.values()}
-    header = ["ms a training step"]
+    bare = {(run["task"], run["mixing"]): run["parameters"] for run in runs if run["encoding"] == "none"}
+    header = ["ms a training step", "more parameters"]
     header += [
         f"{task}: {MIXINGS[m].title}" if not at else MIXINGS[m].title for task in tasks for at, m in enumerate(mixings)
     ]
     table = {task: rows([run for run in runs if run["task"] == task]) for task in tasks}
     lines = []
     for title in titles:
-        cells = []
+        cells: list[str] = []
+        more: list[int] = []
         for task in tasks:
             for mixing in mixings:
                 some = table[task].get(title, {}).get(mixing, [])
                 each = [1000 * run["cpu_seconds"]["train"] / run["setting"]["steps"] for run in some]
-                cells.append(f"{statistics.fmean(each):.0f}" if each else "")
-        if any(cells):
-            lines.append([title, *cells])
-    return _markdown(header, lines) + "\nCPU time on one thread, mean over seeds; other runs were on the other cores.\n"
+                cells.append(f"{statistics.fmean(each):.0f}" if each else _missing(task, title, mixing))
+                more += [run["parameters"] - bare[task, mixing] for run in some if (task, mixing) in bare]
+        between = f"{min(more)}–{max(more)}" if len(set(more)) > 1 else str(more[0]) if more else ""
+        lines.append([title, between, *cells])
+    note = (
+        "CPU time on one thread, mean over seeds; other runs were on the other cores. Parameters beside those without positions; "
+        "they depend on the task where there are two numbers."
+    )
+    return _markdown(header, lines) + f"\n{note}\n"
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -141,7 +169,7 @@ def spread(values: Sequence[float | None], form: str) -> str:
     """Mean ± standard deviation; "—" where there is no value."""
     numbers = [value for value in values if value is not None]
     if not numbers:
-        return "—"
+        return NONE
     mean = form.format(statistics.fmean(numbers))
     return f"{mean} ± {form.format(statistics.stdev(numbers))}" if len(numbers) > 1 else mean
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments.draw import draw
 from experiments.jobs import finished, run_all
 from experiments.positions.cell import Cell, run_cell
-from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, MIXINGS
+from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, MIXINGS, combined
 from experiments.positions.report import FOLDER
 from experiments.positions.tasks import SETTINGS, TASKS
 
@@ -81,7 +81,9 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         for task in args.tasks
         for encoding, choice in TASKS[task].encodings.items()
         for mixing in args.mixings
-        if encoding in args.encodings and not (mixing == "softmax" and choice.attention)
+        if encoding in args.encodings
+        and combined(choice, MIXINGS[mixing])
+        and encoding in MIXINGS[mixing].only.get(task, [encoding])
     ]
     if "digits" in {task for task, _, _ in wanted} and importlib.util.find_spec("sklearn") is None:
         raise ValueError(

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from experiments.counts import log_frequencies
 from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, Choice
 from liegroup_attn.lightning import ByteCorpus, Digits, ImageClassifier, LanguageModel
 from liegroup_attn.lightning.data.text import read_splits
 
-__all__ = ["SETTINGS", "TASKS", "Batch", "Data", "Task", "counting", "recall"]
+__all__ = ["SETTINGS", "TASKS", "Always", "Batch", "Data", "Task", "counting", "recall"]
 
 Batch = dict[str, Tensor]
 NO_TARGET = -100  # what cross-entropy leaves out
+ALWAYS = "the most frequent answer"
 _MODEL = {"width": 64, "depth": 2, "num_heads": 4, "weight_decay": 0.01}
 # What the result files say of a task; "lengths" are those of the tests, the first is that of training.
 SETTINGS: dict[str, dict[str, Any]] = {
     "text": {
-        "steps": 200,
+        "steps": 500,
         "batch_size": 8,
         "lengths": [256, 512, 1024, 2048],
         "test_bytes": 32_768,
         "model": {**_MODEL, "learning_rate": 3e-3, "warmup_steps": 20},
     },
     "recall": {
-        "steps": 450,
+        "steps": 900,
         "batch_size": 16,
         "lengths": [64, 128, 256],
         "test_sequences": 128,
@@ -53,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model": {**_MODEL, "learning_rate": 3e-3, "warmup_steps": 50},
     },
     "digits": {
-        "steps": 200,
+        "steps": 500,
         "batch_size": 16,
         "lengths": [64],
         "patch_size": 1,
@@ -69,14 +71,21 @@ class Data(L.LightningDataModule):
         train: in their order.
         validation: batches.
         tests: length → batches.
+        references: title → what is known without attention, tokens → scores.
         facts: where they come from.
     """
 
     def __init__(
-        self, train: list[Batch], validation: list[Batch], tests: dict[int, list[Batch]], facts: dict[str, Any]
+        self,
+        train: list[Batch],
+        validation: list[Batch],
+        tests: dict[int, list[Batch]],
+        references: Mapping[str, nn.Module],
+        facts: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.train, self.validation, self.tests, self.facts = train, validation, tests, facts
+        self.train, self.validation, self.tests = train, validation, tests
+        self.references, self.facts = references, facts
 
     def train_dataloader(self) -> DataLoader:
         """Every batch once."""
@@ -106,6 +115,25 @@ class Task:
     better: str
 
 
+class Always(nn.Module):
+    """The same scores whatever is read, highest for the answer that is most frequent.
+
+    Args:
+        answers: integers, of the training.
+        classes: how many there are.
+    """
+
+    scores: Tensor
+
+    def __init__(self, answers: Tensor, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("scores", torch.bincount(answers, minlength=classes).float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One answer a token, or one an image: (B, N) → (B, N, classes), (B, N, F) → (B, classes)."""
+        return self.scores.expand(*(tokens.shape if tokens.dim() == 2 else tokens.shape[:1]), -1)
+
+
 # text
 
 
@@ -126,7 +154,9 @@ def _text(setting: dict[str, Any], seed: int, corpus: str, path: str | None) -> 
         )
     tests = {length: _windows(text["test"][: total + 1], length, longest) for length in setting["lengths"]}
     held = text["validation"][: total + 1]
-    return Data(list(source.train_dataloader()), _windows(held, context, context), tests, source.facts())
+    read = torch.frombuffer(bytearray(text["train"]), dtype=torch.uint8).long()
+    counted = {"counts of pairs of bytes": nn.Embedding.from_pretrained(log_frequencies(read[:-1], read[1:]))}
+    return Data(list(source.train_dataloader()), _windows(held, context, context), tests, counted, source.facts())
 
 
 def _windows(text: bytes, length: int, longest: int) -> list[Batch]:
@@ -226,6 +256,7 @@ def _drawn(draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Data]:
             list(_batches(*train, size)),
             list(_batches(*held, size)),
             {length: list(_batches(*test, max(1, 4096 // length))) for length, test in tests.items()},
+            {ALWAYS: Always(train[1][train[1] != NO_TARGET], _vocabulary(setting))},
             {"source": draw.__name__, "sha256": digest.hexdigest()},
         )
 
@@ -252,8 +283,9 @@ def _digits(setting: dict[str, Any], seed: int, corpus: str, path: str | None) -
     source = Digits(setting["patch_size"], size, setting["steps"] * size, seed)
     source.setup()
     (length,) = setting["lengths"]
-    tests = {length: list(source.test_dataloader())}
-    return Data(list(source.train_dataloader()), list(source.val_dataloader()), tests, source.facts())
+    train, tests = list(source.train_dataloader()), {length: list(source.test_dataloader())}
+    always = {ALWAYS: Always(torch.cat([batch["labels"] for batch in train]), source.num_classes)}
+    return Data(train, list(source.val_dataloader()), tests, always, source.facts())
 
 
 def _classifier(
@@ -272,7 +304,7 @@ def _bits(scores: Tensor, batch: Batch, trained: int) -> dict[str, tuple[float, 
 
     The latter are the same bytes at every length, with more context the longer the window.
     """
-    bits = torch.nn.functional.cross_entropy(scores.mT, batch["targets"], reduction="none") / np.log(2)
+    bits = nn.functional.cross_entropy(scores.mT, batch["targets"], reduction="none") / np.log(2)
     last = bits[batch["ends"], -trained:]
     return {"all": (float(bits.double().sum()), bits.numel()), "last": (float(last.double().sum()), last.numel())}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiments import draw, tables
+from experiments.counts import log_frequencies
 from experiments.positions import cell, encodings, report, run, tasks
 from experiments.positions.encodings import MIXINGS, Choice
 from experiments.positions.tasks import NO_TARGET, SETTINGS, TASKS
@@ -32,7 +33,7 @@ def compared(tmp_path_factory):
     """A folder with results, and the arguments that made them."""
     folder = tmp_path_factory.mktemp("positions")
     (folder / "corpus.txt").write_text("the cat sat on the mat, and the dog sat on the cat. " * 60)
-    arguments = ["--encodings", *FEW, "--mixings", "softmax", "exp", "--seeds", "0", "1", "--jobs", "1"]
+    arguments = ["--encodings", *FEW, "--mixings", "softmax", "first_hop", "--seeds", "0", "1", "--jobs", "1"]
     arguments += ["--corpus", str(folder / "corpus.txt"), "--output", str(folder / "out")]
     with pytest.MonkeyPatch.context() as patch:
         for name, small in SMALL.items():
@@ -186,7 +187,32 @@ def test_measures_against_numbers_by_hand():
     assert TASKS["recall"].measure(scores, batch, 1) == {"all": (100.0, 2)}
 
 
+def test_references_are_counts():
+    always = tasks.Always(torch.tensor([2, 1, 2, 0]), 4)
+    assert always(torch.zeros(3, 5)).argmax(-1).tolist() == [[2] * 5] * 3
+    assert always(torch.zeros(3, 5, 6)).argmax(-1).tolist() == [2] * 3
+    setting = SETTINGS["recall"] | {"steps": 50, "test_sequences": 64, "lengths": [64]}
+    data = TASKS["recall"].data(setting, 0, "", None)
+    (reference,) = data.references.values()
+    found = cell.measured(reference, TASKS["recall"], data.tests[64], 64)["all"]
+    assert found == pytest.approx(100 / setting["values"], abs=5)  # as often as any other
+    text = "ab" * 2000 + "ac" * 500  # after a, b four times out of five
+    given, after = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long().unfold(0, 2, 1).T
+    logs = log_frequencies(given, after)
+    assert logs[ord("a"), ord("b")].exp() == pytest.approx(0.8, abs=1e-3)
+    torch.testing.assert_close(logs.exp().sum(-1), torch.ones(256))
+    assert log_frequencies(given)[ord("a")].exp() == pytest.approx(0.5, abs=1e-3)
+
+
 # encodings
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_what_is_run_is_there(mixing):
+    for task, names in MIXINGS[mixing].only.items():
+        assert set(names) <= set(TASKS[task].encodings)
+    for choice in encodings.ENCODINGS.values():
+        assert encodings.combined(choice, MIXINGS[mixing]) == (mixing != "softmax" or not choice.attention)
 
 
 @pytest.mark.parametrize("name", ["sinusoidal", "learned", "rope", "alibi"])
@@ -214,7 +240,11 @@ def test_every_cell_has_its_file(compared):
         runs = report.load(folder / "out", name)
         has = [encoding for encoding in FEW if encoding in task.encodings]
         wanted = {
-            (e, m, s) for e in has for m in ("softmax", "exp") for s in (0, 1) if (e, m) != ("alibi_rates", "softmax")
+            (e, m, s)
+            for e in has
+            for m in ("softmax", "first_hop")
+            for s in (0, 1)
+            if (e, m) != ("alibi_rates", "softmax")
         }
         assert {(r["encoding"], r["mixing"], r["seed"]) for r in runs} == wanted
         for one in runs:
@@ -222,6 +252,8 @@ def test_every_cell_has_its_file(compared):
             assert list(one["test"]) == [str(length) for length in SETTINGS[name]["lengths"]]
             assert math.isfinite(one["train_loss"])
             assert bool(one["rescaled"]) == (one["encoding"] == "rope" and name != "digits")
+            assert [len(times) for times in one["times"].values()] == ([] if one["mixing"] == "softmax" else [2])
+            assert all(list(known) == list(one["test"]) for known in one["references"].values())
 
 
 def test_a_table_has_no_number_beyond_its_rows(compared):
@@ -236,7 +268,9 @@ def test_a_table_has_no_number_beyond_its_rows(compared):
 def test_other_frequencies_at_test_change_the_numbers_beyond_training_alone(compared):
     folder, _ = compared
     (one,) = (
-        r for r in report.load(folder / "out", "text") if (r["encoding"], r["mixing"], r["seed"]) == ("rope", "exp", 0)
+        r
+        for r in report.load(folder / "out", "text")
+        if (r["encoding"], r["mixing"], r["seed"]) == ("rope", "first_hop", 0)
     )
     assert list(one["rescaled"]["yarn"]) == ["16"]
     assert one["rescaled"]["yarn"]["16"] != one["test"]["16"]
@@ -291,10 +325,10 @@ def test_results_of_several_settings_are_refused(compared, tmp_path):
     folder, _ = compared
     results = tmp_path / "positions" / "results"
     results.mkdir(parents=True)
-    one = json.loads((folder / "out/positions/results/recall-rope-exp-seed0.json").read_text())
+    one = json.loads((folder / "out/positions/results/recall-rope-first_hop-seed0.json").read_text())
     for seed in (0, 1):
         one["setting"]["steps"] += seed
-        (results / f"recall-rope-exp-seed{seed}.json").write_text(json.dumps(one | {"seed": seed}))
+        (results / f"recall-rope-first_hop-seed{seed}.json").write_text(json.dumps(one | {"seed": seed}))
     with pytest.raises(ValueError, match="one setting for recall"):
         report.load(tmp_path, "recall")
 
