@@ -274,7 +274,7 @@ def test_other_frequencies_at_test_change_the_numbers_beyond_training_alone(comp
     )
     assert list(one["rescaled"]["yarn"]) == ["16"]
     assert one["rescaled"]["yarn"]["16"] != one["test"]["16"]
-    shown = report.rows([one])["RoPE, base 100 at test"]["exp"][0]["test"]
+    shown = report.rows([one])["RoPE, base 100 at test"]["first_hop"][0]["test"]
     assert shown == {"8": one["test"]["8"], "16": one["rescaled"]["yarn"]["16"]}
 
 
