@@ -163,7 +163,7 @@ def lie_attention(
         dropout_p: probability of dropping an entry of S in each hop, independently (the mean over dropouts is
             exp(tQ)V). Dense methods, and sweeps of an exponential or Erlang clock, drop entries of P(t), which then is
             formed: N³ work and N² memory.
-        is_causal: lower-triangular mask; exp keeps it.
+        is_causal: lower-triangular mask, beside ``attn_mask`` or alone; exp keeps it.
         scale: of the scores; default 1/√E.
         enable_gqa: let groups of query heads share a key and value head.
         time: t ≥ 0, mean of the clock; a number or broadcastable to (..., H, N), one per query row; (H, 1) is one per
@@ -175,7 +175,7 @@ def lie_attention(
         rate_fn: None is the jump chain, Q = diag(ρ)(softmax(scores) − I). A function from scores to rates ≥ 0 makes
             Q = diag(ρ)(R − diag(R1)), which forms N×N.
         score_bias: finite numbers added to the scores (log-rates), broadcastable to (..., H, N, N), e.g. of a
-            ``positional.BiasEncoding``. It hides nothing, so it may stand beside either mask.
+            ``positional.BiasEncoding``. It hides nothing.
         plus: a further generator on the same tokens, added to that of the scores: relative-position rates, a learned
             matrix. Masks act on it too (which forms N×N, unless it is causal itself); its rates count among the hops.
         head_weights: w ≥ 0, (H, H): head g flows along Σ_h w_gh Q_h, before ``plus`` is added.
@@ -264,8 +264,9 @@ def _softmax_across(
     if score_bias is not None:
         score_bias = check_bias(score_bias, shape)
     hidden = biased_mask(score_bias, mask.attn_mask, is_causal, query, key)
-    is_causal = is_causal and score_bias is None
-    mixed = F.scaled_dot_product_attention(query, key, value, hidden, dropout_p, is_causal, scale=scale)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, hidden, dropout_p, is_causal and hidden is None, scale=scale
+    )
     return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)
 
 

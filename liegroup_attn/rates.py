@@ -98,7 +98,7 @@ def prepare_mask(
     Args:
         attn_mask: broadcastable to (..., N, N); bool (True = takes part) or float (added to the scores; −inf, or
             anything below half the dtype's least number, hides).
-        is_causal: lower-triangular mask; excludes ``attn_mask``.
+        is_causal: lower-triangular mask, beside ``attn_mask`` or alone.
         scores_shape: (..., N, N).
         dtype: of the scores; a float mask must have it.
         allow_open_mask: skip the closure check.
@@ -107,7 +107,7 @@ def prepare_mask(
         The safe mask.
 
     Raises:
-        MaskError: wrong shape, NaN or +inf, both masks given, or not transitively closed.
+        MaskError: wrong shape, NaN or +inf, or not transitively closed.
         DtypeError: neither bool nor the scores' dtype.
 
     Example:
@@ -124,8 +124,6 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         raise DtypeError(
             f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor"
         )
-    if is_causal:
-        raise MaskError("attn_mask: expected None beside is_causal=True, got both; pass attn_mask & causal as one mask")
     if attn_mask.is_floating_point() and torch.is_autocast_enabled(attn_mask.device.type):
         attn_mask = attn_mask.to(dtype)
     if attn_mask.dtype != torch.bool and attn_mask.dtype != dtype:
@@ -137,6 +135,9 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
             f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
             f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
         )
+    one_row = attn_mask.size(-2) == 1  # key padding: closed, and so is what two closed masks allow
+    if is_causal:
+        attn_mask = causal_too(attn_mask, *scores_shape[-2:])
     allowed = taking_part(attn_mask)
     no_target = ~allowed.any(-1, keepdim=True)
     if attn_mask.dtype == torch.bool:
@@ -144,9 +145,15 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
     else:
         check_finite("attn_mask (apart from what it hides)", attn_mask.detach().masked_fill(~allowed, 0.0))
         safe = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(no_target, 0.0)
-    if not allow_open_mask:
+    if not (allow_open_mask or one_row):
         check_closed(attn_mask)
     return Mask(safe, no_target)
+
+
+def causal_too(attn_mask: Tensor, rows: int, columns: int) -> Tensor:
+    """A mask, bool or float, that also hides what comes later, (..., rows, columns)."""
+    ahead = torch.ones(rows, columns, dtype=torch.bool, device=attn_mask.device).triu(1)
+    return attn_mask & ~ahead if attn_mask.dtype == torch.bool else torch.where(ahead, -torch.inf, attn_mask)
 
 
 def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
@@ -179,17 +186,17 @@ def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
 def biased_mask(
     score_bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
 ) -> Tensor | None:
-    """One mask for a kernel that takes one: bias, mask and, beside a bias, the causal mask.
+    """One mask for a kernel that takes one: bias, mask and, beside one of them, the causal mask.
 
     Args:
-        score_bias: broadcastable to (..., N, M), or None, which gives the mask back as it is.
+        score_bias: broadcastable to (..., N, M), or None.
         attn_mask: broadcastable to it, bool (True = takes part) or float, or None.
         is_causal: lower-triangular mask.
         query: (..., N, E), whose dtype the kernel wants.
         key: (..., M, E).
 
     Returns:
-        Float, −inf where hidden; ``attn_mask`` itself without a bias.
+        Float, −inf where hidden; bool without a bias if ``attn_mask`` is; None without either: the kernel has a causal mask.
 
     Raises:
         DtypeError: a mask that is neither bool nor float.
@@ -199,17 +206,16 @@ def biased_mask(
         tensor([[0., -inf],
                 [0., 0.]])
     """
+    sizes = query.size(-2), key.size(-2)
     if score_bias is None:
-        return attn_mask
+        return causal_too(attn_mask, *sizes) if is_causal and attn_mask is not None else attn_mask
     bias = score_bias
     if query.dtype == torch.float16:  # the one dtype whose range a bias leaves; ±inf would be NaN or an empty row
         limit = torch.finfo(torch.float16).max / 2
         bias = bias.clamp(-limit, limit)
     bias = bias.to(query.dtype)
-    if is_causal:
-        # Of the tokens, not of the bias, which may have one row or column for all.
-        ahead = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=bias.device).triu(1)
-        bias = torch.where(ahead, -torch.inf, bias)
+    if is_causal:  # of the tokens, not of the bias, which may have one row or column for all
+        bias = causal_too(bias, *sizes)
     if attn_mask is None:
         return bias
     if attn_mask.dtype == torch.bool:

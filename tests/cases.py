@@ -98,6 +98,7 @@ def _bias(heads: int, n: int, dtype: torch.dtype) -> torch.Tensor:
 MASKS: dict[str, Callable] = {
     "none": lambda b, h, n, dtype: (None, False),
     "causal": lambda b, h, n, dtype: (None, True),
+    "causal, left padding": lambda b, h, n, dtype: (_key_padding(b, n).flip(-1), True),
     "causal mask": lambda b, h, n, dtype: (_bool(n, n).tril(), False),
     "key padding": lambda b, h, n, dtype: (_key_padding(b, n), False),
     "padding rows": lambda b, h, n, dtype: (_padding_rows(b, n), False),
@@ -116,12 +117,11 @@ BIASES = ("float bias", "float causal")
 
 def allowed_targets(n: int, attn_mask: torch.Tensor | None, is_causal: bool) -> np.ndarray:
     """Bool, broadcastable to (..., N, N): which targets a row may jump to."""
-    if is_causal:
-        return np.tril(np.ones((n, n), dtype=bool))
+    allowed = np.tril(np.ones((n, n), dtype=bool)) if is_causal else np.ones((n, n), dtype=bool)
     if attn_mask is None:
-        return np.ones((n, n), dtype=bool)
+        return allowed
     mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
-    return np.broadcast_to(mask.numpy(), (*mask.shape[:-2], n, n))
+    return mask.numpy() & allowed
 
 
 # --- rate functions -------------------------------------------------------------------------------------------
@@ -170,7 +170,9 @@ METHODS = {
     "uniformization": MethodCase(la.Uniformization(), lambda c: True),
     "formed hops": MethodCase(la.Uniformization(formed=True), lambda c: True),
     "triangular": MethodCase(
-        la.TriangularSolve(), lambda c: c.clock in RESOLVENTS and c.mask == "causal", lambda c: False
+        la.TriangularSolve(),
+        lambda c: c.clock in RESOLVENTS and c.mask in ("causal", "causal, left padding"),
+        lambda c: False,
     ),
     "recomputed hops": MethodCase(
         la.Uniformization(formed=True, recompute=True),

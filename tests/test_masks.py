@@ -13,10 +13,10 @@ from liegroup_attn.errors import MaskError
 from liegroup_attn.rates import prepare_mask
 
 
-def _accepts(mask: torch.Tensor, allow_open_mask: bool = False) -> bool:
+def _accepts(mask: torch.Tensor, allow_open_mask: bool = False, is_causal: bool = False) -> bool:
     n = mask.size(-1)
     try:
-        prepare_mask(mask, False, torch.Size([*mask.shape[:-2], n, n]), torch.float32, allow_open_mask)
+        prepare_mask(mask, is_causal, torch.Size([*mask.shape[:-2], n, n]), torch.float32, allow_open_mask)
     except MaskError:
         return False
     return True
@@ -50,6 +50,18 @@ def _closed(mask: np.ndarray) -> np.ndarray:
 @given(_matrices())
 def test_verdict_is_that_of_brute_force(mask):
     assert _accepts(torch.tensor(mask)) == _keeps(mask)
+
+
+@given(_matrices())
+def test_beside_a_causal_mask_both_are_one(mask):
+    both = np.tril(mask)
+    assert _accepts(torch.tensor(mask), is_causal=True) == _keeps(both)
+    ready, alone = (
+        prepare_mask(torch.tensor(m), c, torch.Size(m.shape), torch.float32, True)
+        for m, c in ((mask, True), (both, False))
+    )
+    assert torch.equal(ready.attn_mask, alone.attn_mask)
+    assert torch.equal(ready.no_target, alone.no_target)
 
 
 @given(_matrices())

@@ -164,5 +164,5 @@ def test_bad_biases(bias, error, match):
 
 
 def test_a_sweep_refuses_it():
-    with pytest.raises(GeneratorError, match=r"no bias for CausalSweep, .*and a score_bias; use method=None"):
+    with pytest.raises(GeneratorError, match=r"no bias or mask for CausalSweep, .*and a score_bias; use method=None"):
         la.lie_attention(Q, K, V, is_causal=True, score_bias=BIAS, method=CausalSweep())

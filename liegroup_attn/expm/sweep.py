@@ -71,14 +71,16 @@ class CausalSweep(HopMethod):
     @staticmethod
     def takes(generator: Generator) -> bool:
         """Whether this sweeps along it: a causal softmax chain whose scores are q·k alone."""
-        return isinstance(generator, SoftmaxGenerator) and generator.is_causal and generator.score_bias is None
+        plain = isinstance(generator, SoftmaxGenerator) and generator.score_bias is None and not generator.has_mask
+        return plain and generator.is_causal
 
     def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
         if not (isinstance(generator, SoftmaxGenerator) and self.takes(generator)):
             bias = " and a score_bias" if getattr(generator, "score_bias", None) is not None else ""
+            mask = " and an attn_mask" if getattr(generator, "has_mask", False) else ""
             raise GeneratorError(
-                "generator: expected a SoftmaxGenerator with is_causal=True and no bias for CausalSweep, got "
-                f"{type(generator).__name__} with is_causal={generator.is_causal}{bias}; use method=None"
+                "generator: expected a SoftmaxGenerator with is_causal=True and no bias or mask for CausalSweep, got "
+                f"{type(generator).__name__} with is_causal={generator.is_causal}{bias}{mask}; use method=None"
             )
         if clock.resolvents is not None and per_row(time):
             raise ShapeError(

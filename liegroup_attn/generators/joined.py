@@ -50,7 +50,7 @@ def masked_as(chain: SoftmaxGenerator, plus: Generator) -> Generator:
             f"plus: expected a generator on {chain.num_states} tokens with a batch that broadcasts to "
             f"{tuple(chain.batch_shape)}, got {plus.num_states} tokens and {tuple(plus.batch_shape)}; give one per head"
         )
-    if chain.is_causal and plus.is_causal:
+    if chain.is_causal and plus.is_causal and not chain.has_mask:
         return plus
     hidden = chain.masked()
     if hidden is None:

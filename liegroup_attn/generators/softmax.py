@@ -34,9 +34,9 @@ class SoftmaxGenerator(Generator):
         jump_rates: ρ, broadcastable to (..., N), in [0, 1]; None means 1.
         attn_mask: broadcastable to (..., N, N), bool (True = takes part) or float (added to the scores), transitively
             closed. A row without an allowed target keeps its value.
-        is_causal: lower-triangular mask.
+        is_causal: lower-triangular mask, beside ``attn_mask`` or alone.
         score_bias: finite numbers added to the scores, broadcastable to (..., N, N), e.g. of a positional encoding. It hides
-            nothing, so it may stand beside either mask.
+            nothing.
         scale: of the scores; default 1/√E.
         dropout_p: probability of dropping an entry of S, drawn anew in each jump (``dense`` drops none).
         allow_open_mask: accept a mask that is not transitively closed; exp(tQ) then fills it.
@@ -105,8 +105,14 @@ class SoftmaxGenerator(Generator):
         scores_shape = torch.Size([*batch, n, n])
         self._mask = prepare_mask(attn_mask, is_causal, scores_shape, query.dtype, allow_open_mask)
         self.score_bias = None if score_bias is None else check_bias(score_bias, scores_shape)
-        # What the kernels take: a bias leaves no room for their own causal mask.
-        self._kernel_mask = biased_mask(self.score_bias, self._mask.attn_mask, is_causal, query, key)
+        # What the kernels take: a bias or mask leaves no room for their own causal mask.
+        own = is_causal and not self.has_mask  # else the mask holds it already
+        self._kernel_mask = biased_mask(self.score_bias, self._mask.attn_mask, own, query, key)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether there is an ``attn_mask``, be it beside a causal one."""
+        return self._mask.attn_mask is not None
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         moved = self.jump(value) - value
@@ -122,7 +128,7 @@ class SoftmaxGenerator(Generator):
             values.to(query.dtype),
             attn_mask=self._kernel_mask,
             dropout_p=self.dropout_p,
-            is_causal=self.is_causal and self.score_bias is None,
+            is_causal=self.is_causal and self._kernel_mask is None,
             scale=self.scale,
         ).to(value.dtype)
         no_target = self._mask.no_target
@@ -140,7 +146,7 @@ class SoftmaxGenerator(Generator):
 
     def masked(self) -> Tensor | None:
         """Which targets take no part, bool, broadcastable to (..., N, N); None means none."""
-        if self.is_causal:
+        if self.is_causal and not self.has_mask:
             return torch.ones(self.num_states, self.num_states, dtype=torch.bool, device=self.query.device).triu(1)
         return self._mask.masked()
 

@@ -250,7 +250,8 @@ class SelfAttention(nn.Module, ABC):
 
         Args:
             x: (B, N, C).
-            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores).
+            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float (added to the scores); beside the
+                causal mask, if the layer has one.
             positions: broadcastable to (B, 1, N), or (B, 1, N, P) on P axes; default 0 … N − 1, or on from the cache's length.
             cache: of the tokens before these; they are then taken into account, and these appended.
 
@@ -383,13 +384,14 @@ class SoftmaxAttention(SelfAttention):
         attn_mask: Tensor | None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        mask = biased_mask(bias, attn_mask, self.is_causal, query, key)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            biased_mask(bias, attn_mask, self.is_causal, query, key),
+            mask,
             self.dropout if self.training else 0.0,
-            self.is_causal and bias is None,
+            self.is_causal and mask is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 

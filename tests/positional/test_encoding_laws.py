@@ -233,6 +233,28 @@ def test_any_encoding_goes_under_any_mixing(case, kind, options):
     assert (bare.mixing_matrix(x) - matrix).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("kind", "options"), MIXINGS.values(), ids=MIXINGS.keys())
+@every
+def test_padding_beside_a_causal_mask_says_nothing(case, kind, options, side):
+    encoding = case.build()
+    if isinstance(encoding, AbsoluteEncoding):
+        pytest.skip("acts before the first layer")
+    torch.manual_seed(2)
+    layer = kind(C, H, is_causal=True, encoding=encoding, **options).double()
+    x, junk, at = vectors(2, N, C), vectors(2, 3, C, seed=3).requires_grad_(), places(encoding)
+    none = torch.zeros_like(at[:3])
+    parts = [(junk, none, False), (x, at, True)]
+    parts = parts if side == "left" else parts[::-1]
+    tokens, positions = (torch.cat([part[i] for part in parts], -2 if i == 0 else 0) for i in (0, 1))
+    real = torch.cat([torch.full((part[0].size(1),), part[2]) for part in parts])
+    mixed = layer(tokens, real[None, None, None], positions)[:, real]
+    torch.testing.assert_close(mixed, layer(x, positions=at), atol=1e-9, rtol=0)
+    mixed.square().sum().backward()
+    assert junk.grad.abs().max() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+
+
 @biases
 def test_a_bias_may_stand_for_rates(case):
     layer = LieAttention(C, H, is_causal=True, encoding=case.build(), bias_as="rates")
