@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
 from experiments.benchmarks.report import benchmark_tables
 from experiments.drop_in.report import drop_in_tables
 from experiments.fine_tune.report import fine_tune_tables
@@ -38,9 +38,8 @@ def render_table(experiment: str, results: Results) -> str:
         "language": (_LANGUAGE, _language),
         "digits": (_DIGITS, _digits),
     }[experiment]
-    lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
-    lines += [f"| {' | '.join(row(TITLES.get(name, name), runs))} |" for name, runs in results.items()]
-    return "\n".join([*lines, "", _provenance(experiment, results)]) + "\n"
+    rows = [row(TITLES.get(name, name), runs) for name, runs in results.items()]
+    return markdown.table(header, rows) + f"\n{_provenance(experiment, results)}\n"
 
 
 def fill_tables(path: Path, output: Path) -> bool:
@@ -102,14 +101,14 @@ def _reachability(title: str, runs: list[dict[str, Any]]) -> list[str]:
     def scaled(scale: str) -> str:
         if scale not in runs[0]["test"]:
             return "–"
-        return _spread((100 * run["test"][scale]["deeper/accuracy"] for run in runs), "{:.1f}")
+        return markdown.spread((100 * run["test"][scale]["deeper/accuracy"] for run in runs), "{:.1f}")
 
     return [
         title,
         str(runs[0]["config"]["model"]["init_args"]["depth"]),
         f"{runs[0]['parameters']:,}",
-        _spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
-        _spread((100 * min(accuracy_at_depths(run, "test")) for run in runs), "{:.1f}"),
+        markdown.spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
+        markdown.spread((100 * min(accuracy_at_depths(run, "test")) for run in runs), "{:.1f}"),
         *(scaled(f"time x{factor}") for factor in (1, 2, 4)),
         *_cost(runs),
     ]
@@ -128,12 +127,12 @@ _LANGUAGE = (
 
 def _language(title: str, runs: list[dict[str, Any]]) -> list[str]:
     def test(key: str) -> str:
-        return _spread((run["test"]["time x1"][key] for run in runs), "{:.3f}")
+        return markdown.spread((run["test"]["time x1"][key] for run in runs), "{:.3f}")
 
     return [
         title,
         f"{runs[0]['parameters']:,}",
-        _spread((run["curve"][-1]["validation/loss"] for run in runs), "{:.3f}"),
+        markdown.spread((run["curve"][-1]["validation/loss"] for run in runs), "{:.3f}"),
         test("test/bits_per_byte"),
         test("test/perplexity"),
         *_cost(runs),
@@ -157,9 +156,9 @@ def _digits(title: str, runs: list[dict[str, Any]]) -> list[str]:
         title,
         f"{runs[0]['parameters']:,}",
         f"{runs[0]['manifold_parameters']:,}",
-        _spread((100 * run["curve"][-1]["validation/accuracy"] for run in runs), "{:.1f}"),
-        _spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
-        _spread((run["test"]["time x1"]["test/loss"] for run in runs), "{:.3f}"),
+        markdown.spread((100 * run["curve"][-1]["validation/accuracy"] for run in runs), "{:.1f}"),
+        markdown.spread((100 * run["test"]["time x1"]["test/accuracy"] for run in runs), "{:.1f}"),
+        markdown.spread((run["test"]["time x1"]["test/loss"] for run in runs), "{:.3f}"),
         *_cost(runs),
     ]
 
@@ -170,14 +169,8 @@ _DATA = {"language": "corpus", "digits": "images"}
 def _cost(runs: list[dict[str, Any]]) -> list[str]:
     return [
         f"{runs[0]['flops_per_step'] / 1e9:.2f}",
-        _spread((run["cpu_seconds"] for run in runs), "{:.0f}"),
+        markdown.spread((run["cpu_seconds"] for run in runs), "{:.0f}"),
     ]
-
-
-def _spread(values: Iterable[float], form: str) -> str:
-    numbers = list(values)
-    mean = form.format(statistics.fmean(numbers))
-    return f"{mean} ± {form.format(statistics.stdev(numbers))}" if len(numbers) > 1 else mean
 
 
 def _provenance(experiment: str, results: Results) -> str:

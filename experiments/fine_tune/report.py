@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
 from experiments.fine_tune.figures import figures
 from experiments.fine_tune.tasks import TASKS
 
@@ -69,30 +69,28 @@ def fine_tune_tables(output: Path) -> dict[str, str]:
     return {name: _table(results) for name, results in found.items() if results}
 
 
+NATS = "{:.4f}"
+
+
 def _table(results: Results) -> str:
     task = TASKS[next(iter(results.values()))[0]["setting"]["task"]]
     header = ["variant", "trained parameters", f"validation, {task.unit}: before", "after", f"test, {task.unit}"]
     header += [*(["test accuracy %"] if task.accuracy else []), "time t", "CPU s"]
-    lines = [f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|"]
+    rows = []
     for variant, runs in results.items():
         times = [t for run in runs for head in run["times"].values() for t in head]
         cells = [
             VARIANTS[variant][0],
             f"{runs[0]['parameters']:,}",
-            _spread([run["validation"][0][1] for run in runs]),
-            _spread([run["validation"][-1][1] for run in runs]),
-            _spread([run["test_loss"] for run in runs]),
-            *([_spread([100 * run["test_accuracy"] for run in runs], "{:.1f}")] if task.accuracy else []),
+            markdown.spread([run["validation"][0][1] for run in runs], NATS),
+            markdown.spread([run["validation"][-1][1] for run in runs], NATS),
+            markdown.spread([run["test_loss"] for run in runs], NATS),
+            *([markdown.spread([100 * run["test_accuracy"] for run in runs], "{:.1f}")] if task.accuracy else []),
             "0" if not any(times) else f"{statistics.fmean(times):.2f} ({min(times):.2f}–{max(times):.2f})",
-            _spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
+            markdown.spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\n{_provenance(results)}\n"
-
-
-def _spread(values: Sequence[float], form: str = "{:.4f}") -> str:
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+        rows.append(cells)
+    return markdown.table(header, rows) + f"\n{_provenance(results)}\n"
 
 
 def _provenance(results: Results) -> str:

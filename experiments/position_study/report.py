@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
 from experiments.position_study.figures import figures
 
 __all__ = ["CLAIMS", "FOLDER", "load", "report", "study_tables"]
@@ -33,6 +34,7 @@ CLAIMS: dict[str, list[tuple[str, str, Callable[[Run, Run], float]]]] = {
         ("contrast, encoder − decoder", "contrast", lambda e, d: _table(e, "contrast") - _table(d, "contrast")),
     ],
 }
+R2 = "{:z.2f}"
 SIZE = 2.0  # standard deviations of untrained tables, below which a difference is none
 
 
@@ -79,7 +81,11 @@ def study_tables(output: Path) -> dict[str, str]:
         return {f"{FOLDER}_{name}": NONE_YET for name in ("embeddings", "hidden", "claim")}
     source = f"\n{_provenance(results)}\n"
     made = {"embeddings": _embeddings(results), "hidden": _hidden(results), "claim": _claims(results)}
-    return {f"{FOLDER}_{name}": _markdown(*rows) + source for name, rows in made.items() if rows[1]}
+    return {
+        f"{FOLDER}_{name}": markdown.table(*rows, words=_words(rows[1])) + source
+        for name, rows in made.items()
+        if rows[1]
+    }
 
 
 def _table(run: Run, number: str, when: str = "trained") -> float:
@@ -113,7 +119,7 @@ def _embeddings(results: Results) -> tuple[list[str], list[list[str]]]:
             name = f"learned, {role if when == 'trained' else when}" if learned else "sinusoidal, fixed"
             own = runs if learned else runs[:1]
             numbers = [
-                _spread([(100 if key == "order" else 1) * _table(run, key, when) for run in own], form)
+                markdown.spread([(100 if key == "order" else 1) * _table(run, key, when) for run in own], form)
                 for key, (_, form) in TABLE_NUMBERS.items()
             ]
             rows.append([mixing, name, *numbers])
@@ -138,14 +144,14 @@ def _hidden(results: Results) -> tuple[list[str], list[list[str]]]:
                 mixing,
                 encoding,
                 role,
-                _spread([run["validation_loss"] for run in runs], "{:.3f}"),
+                markdown.spread([run["validation_loss"] for run in runs], "{:.3f}"),
                 ", ".join(f"{count:.2f}" for name, count in runs[0]["counts"].items() if name != "none"),
-                _spread([numbers["r2"] for numbers in first]),
-                _spread([numbers["r2"] for numbers in last]),
-                _spread([run["untrained"]["layers"][-1]["r2"] for run in runs]),
-                _spread([100 * numbers["order"] for numbers in last], "{:.0f}"),
-                _spread([numbers["distance_r2"] for numbers in last]),
-                _spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
+                markdown.spread([numbers["r2"] for numbers in first], R2),
+                markdown.spread([numbers["r2"] for numbers in last], R2),
+                markdown.spread([run["untrained"]["layers"][-1]["r2"] for run in runs], R2),
+                markdown.spread([100 * numbers["order"] for numbers in last], "{:.0f}"),
+                markdown.spread([numbers["distance_r2"] for numbers in last], R2),
+                markdown.spread([run["cpu_seconds"] for run in runs], "{:.0f}"),
             ]
         )
     return header, rows
@@ -165,7 +171,7 @@ def _claims(results: Results) -> tuple[list[str], list[list[str]]]:
         for part, measured in CLAIMS.items():
             found = [([claim(e, d) for e, d in pairs], _least(pairs, number)) for _, number, claim in measured]
             for (title, _, _), (values, least) in zip(measured, found, strict=True):
-                rows.append([mixing, part, title, _spread(values), f"{least:.2f}", verdict(pairs, found)])
+                rows.append([mixing, part, title, markdown.spread(values, R2), f"{least:.2f}", verdict(pairs, found)])
     return ["mixing", "part of the claim", "what must be above 0", "found", "least that counts", "verdict"], rows
 
 
@@ -186,19 +192,9 @@ def verdict(pairs: list[tuple[Run, Run]], found: list[tuple[list[float], float]]
     return "undecided"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    words = next((i for i, cell in enumerate(rows[0]) if cell[:1] in "−-0123456789"), len(header))
-    aligned = [":--"] * words + ["--:"] * (len(header) - words)
-    return (
-        "".join(f"| {' | '.join(row)} |\n" for row in [header])
-        + f"|{'|'.join(aligned)}|\n"
-        + "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    )
-
-
-def _spread(values: Sequence[float], form: str = "{:z.2f}") -> str:
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+def _words(rows: list[list[str]]) -> int:
+    """Columns before the first number."""
+    return next((i for i, cell in enumerate(rows[0]) if cell[:1] in "−-0123456789"), len(rows[0]))
 
 
 def _provenance(results: Results) -> str:

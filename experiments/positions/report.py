@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
 from experiments.positions.encodings import MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
 from experiments.positions.tasks import TASKS
@@ -16,7 +17,6 @@ __all__ = ["FOLDER", "Rows", "load", "positions_tables", "report", "rows"]
 
 FOLDER = "positions"
 NONE_YET = "No results are committed yet; `liegroup-attn positions` makes them.\n"
-NONE = "—"
 Result = dict[str, Any]
 Rows = dict[str, dict[str, list[Result]]]  # title of the encoding → mixing → runs by seed
 
@@ -100,20 +100,22 @@ def _table(runs: Sequence[Result], key: str) -> str:
     lines = []
     for title, by in rows(runs).items():
         cells = [
-            spread([None if run["test"][length] is None else run["test"][length][key] for run in by[mixing]], form)
+            markdown.spread(
+                [None if run["test"][length] is None else run["test"][length][key] for run in by[mixing]], form
+            )
             if mixing in by
             else _missing(runs[0]["task"], title, mixing)
             for mixing in mixings
             for length in lengths
         ]
         lines.append([title, *cells])
-    return _markdown(header, lines) + f"\n{_references(runs, key, form)} {_provenance(runs)}\n"
+    return markdown.table(header, lines) + f"\n{_references(runs, key, form)} {_provenance(runs)}\n"
 
 
 def _missing(task: str, title: str, mixing: str) -> str:
     """Why there is no number: the two cannot stand together, or the cell was not run."""
     choice = next((choice for choice in TASKS[task].encodings.values() if choice.title == title), None)
-    return NONE if choice is not None and not combined(choice, MIXINGS[mixing]) else ""
+    return markdown.NONE if choice is not None and not combined(choice, MIXINGS[mixing]) else ""
 
 
 def _references(runs: Sequence[Result], key: str, form: str) -> str:
@@ -122,7 +124,9 @@ def _references(runs: Sequence[Result], key: str, form: str) -> str:
     lengths = [str(length) for length in runs[0]["setting"]["lengths"]]
     parts = []
     for title in next(iter(first.values())):
-        found = {length: spread([known[title][length][key] for known in first.values()], form) for length in lengths}
+        found = {
+            length: markdown.spread([known[title][length][key] for known in first.values()], form) for length in lengths
+        }
         same = len(set(found.values())) == 1
         parts.append(
             f"{title} {found[lengths[0]] if same else ', '.join(f'{x} at {length}' for length, x in found.items())}"
@@ -157,21 +161,7 @@ def _cost(runs: Sequence[Result]) -> str:
         "CPU time on one thread, mean over seeds; other runs were on the other cores. Parameters beside those without positions; "
         "they depend on the task where there are two numbers."
     )
-    return _markdown(header, lines) + f"\n{note}\n"
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    shown = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|", *shown, ""])
-
-
-def spread(values: Sequence[float | None], form: str) -> str:
-    """Mean ± standard deviation; "—" where there is no value."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return NONE
-    mean = form.format(statistics.fmean(numbers))
-    return f"{mean} ± {form.format(statistics.stdev(numbers))}" if len(numbers) > 1 else mean
+    return markdown.table(header, lines) + f"\n{note}\n"
 
 
 def _provenance(runs: Sequence[Result]) -> str:

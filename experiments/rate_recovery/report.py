@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments import markdown
 from experiments.rate_recovery.figure import recovery_figure
 
 __all__ = ["FOLDER", "TITLES", "load", "recovery_tables", "report"]
@@ -82,7 +83,7 @@ def _errors(results: list[Result]) -> str:
     names = {"reversible": "in detailed balance", "likelihood": "all rate matrices"}
     for name, bound in sorted(results[0]["bounds"].items(), reverse=True):
         rows.append([f"Cramér–Rao bound, {names[name]}", *(_percent(100 * bound / math.sqrt(n)) for n in sizes)])
-    return _table(header, rows)
+    return markdown.table(header, rows)
 
 
 def _way(results: list[Result]) -> str:
@@ -104,12 +105,7 @@ def _way(results: list[Result]) -> str:
         rows.append(row(f"no real logarithm of P̂({when:g}), % of seeds", "logarithm", "exists", partial(_lost, place)))
     rows.append(row("mean logarithm outside the cone, % of seeds", "logarithm", "in_cone", _outside))
     rows.append(row("its negative rates", "logarithm", "negative_rates", _mean))
-    return _table(["from n transitions", *(f"n = {n:,}" for n in sizes)], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"| {' | '.join(header)} |", f"|{'|'.join([':--', *['--:'] * (len(header) - 1)])}|", *lines, ""])
+    return markdown.table(["from n transitions", *(f"n = {n:,}" for n in sizes)], rows)
 
 
 def _percent(value: float) -> str:
