@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
@@ -14,7 +15,7 @@ from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention
 from liegroup_attn.nn.mixer import LieMixer
-from liegroup_attn.positional import FrequencyScaling, PositionalEncoding
+from liegroup_attn.positional import FrequencyScaling, PositionalEncoding, RotationEncoding
 
 __all__ = ["AttentionRecipe", "build_attention", "build_encoding"]
 
@@ -24,13 +25,14 @@ ROPE: dict[str, Any] = {"module": "RotaryEncoding", "layout": "half_split"}  # t
 class AttentionRecipe(TypedDict, total=False):
     """What to build: the module's name and its own arguments; names are those of the library's classes.
 
-    ``module`` and ``scores`` belong to softmax attention too, all else to ``LieAttention`` or ``LieMixer``; see there.
+    ``module``, ``num_kv_heads`` and ``scores`` belong to softmax attention too, all else to ``LieAttention`` or ``LieMixer``; see there.
     ``clock_shape`` is the s of ``ErlangClock``. A learned generator is named by ``plus`` (``LieAttention``) or
     ``generator`` (``LieMixer``); ``max_distance`` is that of ``RelativeRates``, ``num_tokens`` and ``manifold`` those of
     ``RateMatrix``, ``learned_rate`` the exit rate of either at the start.
     """
 
     module: Literal["SoftmaxAttention", "LieAttention", "LieMixer"]
+    num_kv_heads: int
     scores: Literal["SpectralScores", "SkewScores", "RateScores", "SymmetricScores"]
     time: float
     max_time: float
@@ -58,7 +60,7 @@ class AttentionRecipe(TypedDict, total=False):
 _LEARNED = {"max_distance", "num_tokens", "manifold", "learned_rate"}
 _CLOCK = {"clock", "clock_shape"}
 _KEYS: dict[str, set[str]] = {
-    "SoftmaxAttention": {"scores"},
+    "SoftmaxAttention": {"num_kv_heads", "scores"},
     "LieMixer": {"generator", *_LEARNED, *_CLOCK},
     "LieAttention": set(AttentionRecipe.__annotations__) - {"module", "generator"},
 }
@@ -152,24 +154,31 @@ def _build_learned(given: dict[str, Any], num_heads: int, is_causal: bool) -> Le
 
 
 def build_encoding(
-    recipe: Mapping[str, Any] | None, embed_dim: int, num_heads: int, *, is_causal: bool = False
+    recipe: Mapping[str, Any] | None,
+    embed_dim: int,
+    num_heads: int,
+    *,
+    num_kv_heads: int | None = None,
+    is_causal: bool = False,
 ) -> PositionalEncoding | None:
     """Build a positional encoding.
 
     Args:
-        recipe: ``module``, the name of a class of ``liegroup_attn.positional``, and its own arguments but for
-            ``embed_dim``, ``num_heads``, ``head_width`` and ``is_causal``, which the model knows; None for no positions.
-            A scaling is a recipe itself, e.g. ``scaling: {module: YaRN, factor: 4.0, original_length: 2048}``.
+        recipe: ``module``, the name of a class of ``liegroup_attn.positional`` or the dotted path of another, and its own
+            arguments but for ``embed_dim``, ``num_heads``, ``head_width`` and ``is_causal``, which the model knows; None
+            for no positions. A scaling is a recipe itself, e.g.
+            ``scaling: {module: YaRN, factor: 4.0, original_length: 2048}``.
         embed_dim: C, model width.
         num_heads: H.
+        num_kv_heads: heads of keys, which a rotation may differ by; default H.
         is_causal: lower-triangular mask.
 
     Returns:
         The encoding, or None.
 
     Raises:
-        ValueError: unknown name or argument, or one that is missing.
-        TypeError: no recipe.
+        ValueError: unknown name or argument, or one that is missing; a path that leads nowhere.
+        TypeError: no recipe; a path to what is no encoding.
         ShapeError: heads that do not divide the width.
 
     Example:
@@ -185,46 +194,64 @@ def build_encoding(
         )
     if embed_dim % num_heads:
         raise ShapeError(f"num_heads: expected a divisor of {embed_dim}, got {num_heads}; change one of the two")
-    known = _named(PositionalEncoding)
-    sizes = {
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "head_width": embed_dim // num_heads,
-        "is_causal": is_causal,
-    }
-    built: PositionalEncoding = _build_named("encoding", recipe, known, sizes)
+    kind = _named("encoding", recipe, PositionalEncoding)
+    heads = num_kv_heads if issubclass(kind, RotationEncoding) and num_kv_heads is not None else num_heads
+    sizes = {"embed_dim": embed_dim, "num_heads": heads, "head_width": embed_dim // num_heads, "is_causal": is_causal}
+    built: PositionalEncoding = _build("encoding", recipe, kind, sizes)
     return built
 
 
-def _named(base: type) -> dict[str, Any]:
-    """The classes of ``positional`` that a name and plain values can build."""
-    kinds = {
-        name: getattr(positional, name) for name in positional.__all__ if name != "FoldedRotary"
-    }  # it is folded from one
-    return {
-        name: kind
-        for name, kind in kinds.items()
-        if isinstance(kind, type) and issubclass(kind, base) and kind is not base and not inspect.isabstract(kind)
-    }
-
-
-def _build_named(where: str, recipe: Mapping[str, Any], known: Mapping[str, Any], sizes: Mapping[str, Any]) -> Any:
-    """An object by its class's name and arguments; ``sizes`` fill those that it asks for."""
-    given = {key: value for key, value in recipe.items() if value is not None}
-    name = given.pop("module", None)
+def _named(where: str, recipe: Mapping[str, Any], base: type) -> Any:
+    """The class that a recipe names: one of ``positional`` that a name and plain values can build, or one by its path."""
+    name = recipe.get("module")
+    if isinstance(name, str) and "." in name:
+        return _at_path(where, name, base)
+    known = {}
+    for own in positional.__all__:
+        kind = getattr(positional, own)
+        folded = own == "FoldedRotary"  # it is made from another
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, base)
+            and not (kind is base or inspect.isabstract(kind) or folded)
+        ):
+            known[own] = kind
     if name not in known:
-        raise ValueError(f"{where}.module: expected one of {sorted(known)}, got {name!r}; name one of them")
-    wanted = inspect.signature(known[name]).parameters
+        raise ValueError(
+            f"{where}.module: expected one of {sorted(known)}, got {name!r}; name one of them, or another by its path, "
+            "package.module.Class"
+        )
+    return known[name]
+
+
+def _at_path(where: str, path: str, base: type) -> Any:
+    package, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{where}.module: expected the path of a class, package.module.Class, got {path!r} ({error}); is it installed, or "
+            "on PYTHONPATH?"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise TypeError(f"{where}.module: expected a {base.__name__}, got {path}, {kind!r}; derive it from one")
+    return kind
+
+
+def _build(where: str, recipe: Mapping[str, Any], kind: Any, sizes: Mapping[str, Any]) -> Any:
+    """An object of a class from a recipe; ``sizes`` fill those of its arguments that they name."""
+    given = {key: value for key, value in recipe.items() if value is not None and key != "module"}
+    wanted, name = inspect.signature(kind).parameters, recipe["module"]
     own = sorted(set(wanted) - set(sizes))
     if unknown := sorted(set(given) - set(own)):
         raise ValueError(f"{where}: expected keys from {own} for {name}, got {unknown}; remove them")
     if missing := [key for key in own if wanted[key].default is inspect.Parameter.empty and key not in given]:
         raise ValueError(f"{where}: expected {missing} for {name}, got {sorted(given)}; add what is missing")
-    for key, value in given.items():
-        if key == "scaling":
-            if not isinstance(value, Mapping):
-                raise TypeError(
-                    f"{where}.scaling: expected a recipe such as {{'module': 'YaRN', …}}, got {value!r}; give the class and its numbers"
-                )
-            given[key] = _build_named(f"{where}.{key}", value, _named(FrequencyScaling), {})
-    return known[name](**{key: size for key, size in sizes.items() if key in wanted}, **given)
+    if "scaling" in given:
+        inner, scaling = f"{where}.scaling", given["scaling"]
+        if not isinstance(scaling, Mapping):
+            raise TypeError(
+                f"{inner}: expected a recipe such as {{'module': 'YaRN', …}}, got {scaling!r}; give the class and its numbers"
+            )
+        given["scaling"] = _build(inner, scaling, _named(inner, scaling, FrequencyScaling), {})
+    return kind(**{key: size for key, size in sizes.items() if key in wanted}, **given)

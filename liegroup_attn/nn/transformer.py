@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,13 +105,15 @@ class Transformer(nn.Module):
         if num_heads < 1 or width % num_heads:
             raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
         recipe = {"module": "SoftmaxAttention"} if attention is None else attention
-        first = build_encoding(encoding, width, num_heads, is_causal=is_causal)
+        heads = recipe.get("num_kv_heads")
+        positions = partial(build_encoding, encoding, width, num_heads, num_kv_heads=heads, is_causal=is_causal)
+        first = positions()
         self.absolute = first if isinstance(first, AbsoluteEncoding) else None
         blocks = []
         for i in range(depth):
             acting = None
             if self.absolute is None:
-                acting = first if i == 0 else build_encoding(encoding, width, num_heads, is_causal=is_causal)
+                acting = first if i == 0 else positions()
             layer = build_attention(recipe, width, num_heads, is_causal=is_causal, encoding=acting, dropout=dropout)
             residuals = [ResidualStreams(streams, reads=2 * i + k) if streams > 1 else Residual() for k in range(2)]
             blocks.append(Block(layer, width, mlp_ratio, dropout, *residuals))

@@ -151,6 +151,21 @@ BAD = {
         TypeError,
         r"encoding: expected a recipe such as .* or None, got ALiBi\(4\); objects go into layers",
     ),
+    "a path to nothing": (
+        lambda: build_encoding({"module": "liegroup_attn.positional.Nothing"}, C, H),
+        ValueError,
+        r"expected the path of a class, .*, got 'liegroup_attn.positional.Nothing'",
+    ),
+    "a package that is not there": (
+        lambda: build_encoding({"module": "nowhere.Nothing"}, C, H),
+        ValueError,
+        r"expected the path of a class, .* is it installed",
+    ),
+    "a path to something else": (
+        lambda: build_encoding({"module": "torch.nn.Linear"}, C, H),
+        TypeError,
+        r"expected a PositionalEncoding, got torch.nn.Linear",
+    ),
     "a name for a recipe": (lambda: build_encoding("ALiBi", C, H), TypeError, r"expected a recipe .*, got 'ALiBi'"),
     "no scaling": (
         lambda: build_encoding({"module": "RotaryEncoding", "layout": "half_split", "scaling": "YaRN"}, C, H),
@@ -468,3 +483,18 @@ def test_learned_rotations_compile_into_one_graph(encoding):
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     x = tokens(dtype=torch.float32)
     torch.testing.assert_close(compiled(x), layer(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "encoding", [{"module": "CayleyString"}, {"module": "LieRotary", "block": 4}, {"module": "ALiBi"}]
+)
+@pytest.mark.parametrize("module", ["SoftmaxAttention", "LieAttention"])
+def test_grouped_heads_by_recipe(module, encoding):
+    model = Transformer(C, 2, 4, {"module": module, "num_kv_heads": 2}, is_causal=True, encoding=encoding)
+    assert all(block.attention.num_kv_heads == 2 for block in model.blocks)
+    assert torch.isfinite(model(torch.randn(1, N, C))).all()
+
+
+def test_a_class_of_ones_own_by_its_path():
+    named = build_encoding({"module": "liegroup_attn.positional.alibi.ALiBi"}, C, H)
+    assert type(named) is ALiBi

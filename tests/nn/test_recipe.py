@@ -14,6 +14,7 @@ from liegroup_attn.positional import ALiBi
 LIE = {"module": "LieAttention"}
 SETTINGS = [
     # key, value in the recipe, what the module holds
+    ("num_kv_heads", 1, lambda m: m.k_proj.out_features == 4),
     ("max_time", 7.0, lambda m: m.max_time == 7.0 == m.time.manifold.upper),
     ("time", 0.25, lambda m: m.time.tolist() == [[0.25], [0.25]] and m.max_time == 0.5),
     ("learn_time", False, lambda m: "time" not in dict(m.named_parameters()) and "time" in dict(m.named_buffers())),
@@ -84,11 +85,11 @@ BAD = [
     ({**LIE, "tiem": 1.0}, r"attention: expected keys from \[.*'time'.*\] for LieAttention, got \['tiem'\]; remove"),
     (
         {"module": "SoftmaxAttention", "time": 1.0},
-        r"attention: expected keys from \['scores'\] for SoftmaxAttention, got \['time'\]; remove",
+        r"attention: expected keys from \['num_kv_heads', 'scores'\] for SoftmaxAttention, got \['time'\]; remove",
     ),
     (
         {"module": "SoftmaxAttention", "tiem": 1.0},
-        r"attention: expected keys from \['scores'\] for SoftmaxAttention, got \['tiem'\]; remove",
+        r"attention: expected keys from \['num_kv_heads', 'scores'\] for SoftmaxAttention, got \['tiem'\]; remove",
     ),
     *(
         (
