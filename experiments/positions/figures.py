@@ -45,6 +45,9 @@ def lines(rows: Rows, unit: str) -> Figure:
             }
             shown += [x for _, runs in curves.values() for run in runs for x in run if not math.isnan(x)]
             plot_curves(curves, ax=ax, colors=colors)
+            for line in ax.lines:  # one length alone makes no line
+                if sum(math.isfinite(y) for y in line.get_ydata()) == 1:
+                    line.set(marker="D", markersize=7)
             if ax.get_legend() is not None:
                 ax.get_legend().remove()
             ax.set_xscale("log", base=2)
@@ -54,7 +57,10 @@ def lines(rows: Rows, unit: str) -> Figure:
         row[0].set_ylabel(f"test {unit}", fontsize=9)
     for ax in grid[-1]:
         ax.set_xlabel("context at test (bytes)", fontsize=9)
-    _limit(grid[0][0], shown)
+    if (beyond := _limit(grid[0][0], shown)) is not None:
+        figure.supxlabel(
+            f"up to {beyond:.1f} {unit} lie above the axes; they stand in the tables", fontsize=8, color="#555555"
+        )
     handles: dict[str, Any] = {}
     for ax in grid.flat:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -104,9 +110,10 @@ def _value(run: dict[str, Any], length: int, key: str) -> float:
     return math.nan if found is None else found[key]
 
 
-def _limit(ax: Any, shown: list[float]) -> None:
-    """Leave what is far above most of the numbers outside: it says no more than that it is."""
+def _limit(ax: Any, shown: list[float]) -> float | None:
+    """Leave what is far above most of the numbers outside, and say how far it goes; None where all is inside."""
     low, middle = min(shown), statistics.median(shown)
     top = min(max(shown), middle + max(4 * (middle - low), 0.1))
     pad = 0.04 * (top - low) + 1e-3
     ax.set_ylim(low - pad, top + pad)
+    return max(shown) if max(shown) > top else None

@@ -173,7 +173,7 @@ class RotationEncoding(PositionalEncoding):
         self._check("x", x)
         with torch.autocast(x.device.type, enabled=False):
             coordinates = self.coordinates(positions, x.shape[:-1], x)
-            return self.act(x.to(coordinates.dtype), coordinates).to(x.dtype)
+            return x if not x.size(-2) else self.act(x.to(coordinates.dtype), coordinates).to(x.dtype)
 
     def rotate(self, query: Tensor, key: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Let positions act on queries and keys of the same tokens.
@@ -191,9 +191,13 @@ class RotationEncoding(PositionalEncoding):
         """
         self._check("query", query)
         self._check("key", key)
+        if query.size(-2) != key.size(-2):
+            raise ShapeError(
+                f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; queries of other tokens go through the encoding by themselves, encoding(query, positions)"
+            )
         with torch.autocast(query.device.type, enabled=False):
             coordinates = self.coordinates(positions, query.shape[:-1], query)
-            return self.act_both(query, key, coordinates)
+            return self.act_both(query, key, coordinates) if query.size(-2) else (query, key)
 
     def act_both(self, query: Tensor, key: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """What ``rotate`` does once all is checked; to be overridden where both share work."""
@@ -322,6 +326,14 @@ def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Ten
     if not sizes or min(sizes) < 1:
         raise ShapeError(f"sizes: expected numbers ≥ 1, got {sizes}; give rows and columns, e.g. grid_positions(8, 8)")
     return torch.cartesian_prod(*(torch.arange(n, device=device) for n in sizes)).view(-1, len(sizes))
+
+
+def along_axes(coordinates: Tensor, frequencies: Tensor) -> Tensor:
+    """Σ_p x_p f_p, (..., N, P), (..., P, F) → (..., N, F): products summed, not a matmul, since TF32 would merge far positions."""
+    angles = coordinates[..., :1] * frequencies[..., :1, :]
+    for p in range(1, coordinates.size(-1)):
+        angles = angles + coordinates[..., p : p + 1] * frequencies[..., p : p + 1, :]
+    return angles
 
 
 def check_sizes(**sizes: int | Sequence[int]) -> None:

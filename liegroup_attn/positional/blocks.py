@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.algebra import expm
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal
 from liegroup_attn.positional.one_parameter import one_parameter_rotations
 
@@ -66,10 +66,11 @@ class BlockExponential(HeadRotation):
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         if self.relative:
             factors, common = self.multiples(coordinates.dtype)
-            times = coordinates @ factors.unsqueeze(1)  # (..., H, 1, N, D/b)
+            times = along_axes(coordinates, factors.unsqueeze(1))  # (..., H, 1, N, D/b)
             return (one_parameter_rotations(common[:, None, None], times),)
         generators = self.generators(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
-        rotations = expm(torch.einsum("...np,...pkij->...nkij", coordinates, generators))
+        at = along_axes(coordinates, generators.flatten(-3)).unflatten(-1, generators.shape[-3:])
+        rotations = expm(at)  # (..., H, 1, N, D/b, b, b)
         return (nearest_orthonormal(rotations, _STEPS),)
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102

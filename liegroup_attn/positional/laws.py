@@ -71,6 +71,7 @@ def relative_law_residual(encoding: RotationEncoding, positions: Tensor) -> floa
             f"encoding: expected a RotationEncoding, got {type(encoding).__name__}; for others compare outputs at shifted "
             "positions"
         )
+    positions = _signed(positions)
     queries, keys = _columns(encoding, positions)
     n = len(positions)
     apart = (positions.unsqueeze(0) - positions.unsqueeze(1)).flatten(0, 1)  # y − x, pairs in the order of products
@@ -112,6 +113,7 @@ def score_decay(
 
     Source: [Su2021]_, section 3.4.3.
     """
+    distances = _signed(distances)
     origin = (-distances.amin(0, keepdim=True)).clamp(min=0)  # of keys; queries stay where every encoding has a meaning
     if isinstance(encoding, BiasEncoding) and not encoding.contextual:
         if query is not None or key is not None:
@@ -178,6 +180,12 @@ def position_similarity(vectors: Tensor | AbsoluteEncoding, positions: Tensor | 
 
 
 @torch.no_grad()
+def _signed(positions: Tensor) -> Tensor:
+    """Integers of which differences may be taken."""
+    small = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+    return positions.long() if small else positions
+
+
 def _columns(encoding: RotationEncoding, positions: Tensor) -> tuple[Tensor, Tensor]:
     """What acts on queries and on keys, by columns: (D, H, N, D), float64."""
     width, heads = encoding.head_width, encoding.num_heads or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.pairs import PairRotation, check_base, check_pairs
 
 __all__ = ["HeadFrequencies", "MixedRotary"]
@@ -28,12 +28,7 @@ class HeadFrequencies(PairRotation):
         return f"{self.head_width}, {self.num_heads}, axes={self.axes}"
 
     def angles(self, coordinates: Tensor, x: Tensor) -> Tensor:  # noqa: D102
-        along = self.per_head(self.frequencies, x).mT  # (H, P, D/2)
-        # Products summed, not a matmul: TF32 would merge far positions.
-        angles = coordinates[..., :1] * along[:, :1]
-        for p in range(1, self.axes):
-            angles = angles + coordinates[..., p : p + 1] * along[:, p : p + 1]
-        return angles
+        return along_axes(coordinates, self.per_head(self.frequencies, x).mT)  # (H, P, D/2)
 
 
 class MixedRotary(HeadFrequencies):

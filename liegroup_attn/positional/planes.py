@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError, check_shape
 from liegroup_attn.manifolds import Stiefel, hold
-from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal, start_frequencies
 from liegroup_attn.positional.pairs import turn_pairs
 
@@ -66,7 +66,7 @@ class PlaneRotary(HeadRotation):
         return f"{super().extra_repr()}, num_planes={self.num_planes}"
 
     def prepare(self, coordinates: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        angles = coordinates @ self.frequencies.to(coordinates.dtype).mT.unsqueeze(1)  # (..., H, 1, N, K)
+        angles = along_axes(coordinates, self.frequencies.to(coordinates.dtype).mT.unsqueeze(1))  # (..., H, 1, N, K)
         return nearest_orthonormal(self.frame.to(coordinates.dtype), _STEPS), angles.cos(), angles.sin()
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102

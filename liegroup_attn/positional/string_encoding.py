@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
+from liegroup_attn.positional.base import along_axes
 from liegroup_attn.positional.blocks import skew_blocks
 from liegroup_attn.positional.heads import HeadRotation, start_frequencies
 from liegroup_attn.positional.pairs import turn_pairs
@@ -128,7 +129,7 @@ class CirculantString(HeadRotation):
 
 def _angles(coordinates: Tensor, frequencies: Tensor) -> Tensor:
     """(..., H or 1, G or 1, N, P), (H, P, F) → (..., H, G or 1, N, F)."""
-    return coordinates @ frequencies.to(coordinates.dtype).unsqueeze(1)
+    return along_axes(coordinates, frequencies.to(coordinates.dtype).unsqueeze(1))
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:

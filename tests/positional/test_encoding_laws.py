@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from positional_cases import CASES, C, D, H, N
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liegroup_attn import ExponentialClock
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.nn import LieAttention, SoftmaxAttention, Transformer, build_encoding
 from liegroup_attn.positional import AbsoluteEncoding, BiasEncoding, RotationEncoding
 
@@ -40,14 +42,16 @@ def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def applied(encoding, positions, tokens: slice = slice(None)):
+def applied(encoding, positions, tokens: slice = slice(None), dtype: torch.dtype = torch.float64):
     """What the encoding does to fixed inputs at some of N tokens."""
     if isinstance(encoding, AbsoluteEncoding):
-        return encoding(vectors(2, N, C)[:, tokens], positions)
-    query, key = vectors(2, H, N, D)[:, :, tokens], vectors(2, H, N, D, seed=1)[:, :, tokens]
+        return encoding(vectors(2, N, C).to(dtype)[:, tokens], positions)
+    query, key = (vectors(2, H, N, D, seed=seed).to(dtype)[:, :, tokens] for seed in (0, 1))
     if isinstance(encoding, RotationEncoding):
         return torch.stack(encoding.rotate(query, key, positions))
-    return encoding(vectors(2, N, C, seed=2)[:, tokens], query, key, positions).expand(2, H, *[query.size(-2)] * 2)
+    return encoding(vectors(2, N, C, seed=2).to(dtype)[:, tokens], query, key, positions).expand(
+        2, H, *[query.size(-2)] * 2
+    )
 
 
 @rotations
@@ -166,6 +170,38 @@ def test_half_precision_modules_keep_positions_apart(case):
     got, golden = applied(half, at), applied(wide, at)
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, golden, atol=1e-9, rtol=0)
+
+
+class TF32(TorchDispatchMode):
+    """Matrix products as a GPU makes them with TF32: of float32 inputs ten bits of the mantissa are left."""
+
+    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in self.products:
+            args = tuple(self.cut(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in args)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def cut(x):
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_what_stands_for_tf32_merges_positions_in_a_matmul():
+    at = torch.tensor([[4097.0], [4096.0]])
+    with TF32():
+        assert torch.equal(*(at @ torch.ones(1, 1)))
+
+
+@every
+def test_tf32_keeps_positions_apart(case):
+    encoding = built(case)
+    far = 40 if isinstance(encoding, AbsoluteEncoding) and not encoding.fractional else 4000
+    at = places(encoding, far)
+    golden = applied(encoding, at)
+    with TF32():
+        got = applied(encoding.float(), at, dtype=torch.float32)
+    torch.testing.assert_close(got.double(), golden, atol=0.03, rtol=0.01)
 
 
 @pytest.mark.parametrize("kind", [SoftmaxAttention, LieAttention])
@@ -291,3 +327,24 @@ def test_a_transformer_decodes_as_it_reads(case):
     cache = model.new_cache(1, 6)
     parts = [model(x[:, :4], cache=cache), model(x[:, 4:5], cache=cache), model(x[:, 5:], cache=cache)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-9, rtol=0)
+
+
+@every
+def test_no_tokens(case):
+    encoding = built(case)
+    none = places(encoding, tokens=0)
+    if isinstance(encoding, AbsoluteEncoding):
+        assert encoding(vectors(1, 0, C), none).shape == (1, 0, C)
+    elif isinstance(encoding, RotationEncoding):
+        assert encoding.rotate(*vectors(2, 1, H, 0, D), none)[1].shape == (1, H, 0, D)
+        assert encoding(vectors(1, H, 0, D), none).shape == (1, H, 0, D)
+    else:
+        query = vectors(1, H, 0, D)
+        assert encoding(vectors(1, 0, C), query, query, none).numel() == 0
+
+
+@rotations
+def test_queries_and_keys_are_of_the_same_tokens(case):
+    encoding = built(case)
+    with pytest.raises(ShapeError, match=r"key: expected the query's 2 tokens, got 3"):
+        encoding.rotate(vectors(1, H, 2, D), vectors(1, H, 3, D), places(encoding, tokens=2))

@@ -210,3 +210,11 @@ ROTARY = RotaryEncoding(D, layout="half_split")
 def test_wrong_kinds(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_small_integers_are_positions(dtype):
+    """Differences of uint8 are not below 0: a residual of a law that holds came out as 1.8."""
+    encoding, at = RotaryEncoding(8, layout="half_split"), torch.arange(5)
+    assert relative_law_residual(encoding, at.to(dtype)) < 1e-12
+    assert torch.equal(score_decay(encoding, at.to(dtype)), score_decay(encoding, at))
