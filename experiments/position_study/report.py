@@ -96,7 +96,6 @@ TABLE_NUMBERS = {
     "r2": ("position R²", "{:z.2f}"),
     "mae": ("position, error in tokens", "{:.1f}"),
     "order": ("order right, %", "{:.0f}"),
-    "distance_r2": ("distance R²", "{:z.2f}"),
     "near": ("cosine, 1–2 apart", "{:z.2f}"),
     "beyond": ("4–8 apart", "{:z.2f}"),
     "far": ("far apart", "{:z.2f}"),

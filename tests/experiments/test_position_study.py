@@ -13,9 +13,11 @@ from experiments.position_study.counts import counted
 from experiments.position_study.model import IGNORED, MASK, PositionModel, mask_tokens
 from experiments.position_study.probes import locality, probe_states, probe_table, ridge
 from experiments.position_study.train import ENCODINGS, MIXINGS, ROLES
+from experiments.results import ROOT
 from experiments.tables import other_tables
 from liegroup_attn.lightning import ByteCorpus
 
+COMMITTED = dict(run.FIXED)  # before a fixture makes it small
 POSITION = torch.arange(64, dtype=torch.float64)
 
 
@@ -267,3 +269,15 @@ def test_tables_that_are_too_small():
 def test_nothing_without_results(tmp_path):
     assert report.report(tmp_path) == []
     assert set(report.study_tables(tmp_path).values()) == {report.NONE_YET}
+
+
+def test_committed_results_are_complete_and_of_the_committed_settings():
+    results = report.load(ROOT)
+    assert list(results) == [("softmax", encoding, role) for encoding in ENCODINGS for role in ROLES]
+    defaults = run._parse([])
+    names = ("corpus", "context", "batch_size", "steps", "eval_windows")
+    wanted = {name: getattr(defaults, name) for name in names} | COMMITTED
+    for runs in results.values():
+        assert [one["seed"] for one in runs] == defaults.seeds
+        for one in runs:
+            assert {key: value for key, value in one["setting"].items() if key != "sha256"} == wanted
