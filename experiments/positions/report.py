@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import markdown
-from experiments.positions.encodings import MIXINGS, RESCALED, combined
+from experiments.positions.encodings import ENCODINGS, MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
 from experiments.positions.tasks import TASKS
 
@@ -84,12 +84,15 @@ def positions_tables(output: Path) -> dict[str, str]:
         for suffix, key in (("", "all"), *((("_last", "last"),) if task == "text" else ())):
             found[f"{FOLDER}_{task}{suffix}"] = _table(runs, key) if runs else NONE_YET
     runs = [run for task in TASKS for run in load(output, task)]
-    return found | {f"{FOLDER}_cost": _cost(runs) if runs else NONE_YET}
+    return found | {
+        f"{FOLDER}_cost": _cost(runs) if runs else NONE_YET,
+        f"{FOLDER}_summary": _summary(runs) if runs else NONE_YET,
+    }
 
 
 def _table(runs: Sequence[Result], key: str) -> str:
     lengths = [str(length) for length in runs[0]["setting"]["lengths"]]
-    form = "{:.3f}" if TASKS[runs[0]["task"]].better == "lower" else "{:.1f}"
+    form = _form(runs[0]["task"])
     mixings = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
     header = ["encoding"]
     for mixing in mixings:
@@ -110,6 +113,36 @@ def _table(runs: Sequence[Result], key: str) -> str:
         ]
         lines.append([title, *cells])
     return markdown.table(header, lines) + f"\n{_references(runs, key, form)} {_provenance(runs)}\n"
+
+
+def _summary(runs: Sequence[Result]) -> str:
+    """Sequences at the longest test length, under the ways of mixing that are run with all encodings."""
+    tasks = [task for task in TASKS if TASKS[task].encodings is ENCODINGS and any(run["task"] == task for run in runs)]
+    mixings = [name for name, mixing in MIXINGS.items() if not mixing.only and any(r["mixing"] == name for r in runs)]
+    table = {task: rows([run for run in runs if run["task"] == task]) for task in tasks}
+    header, lines = ["encoding"], []
+    settings = {task: next(run["setting"] for run in runs if run["task"] == task) for task in tasks}
+    for task in tasks:
+        first, *_, last = settings[task]["lengths"]
+        start = f"{task}, {TASKS[task].unit}, trained at {first}, tested at {last}: "
+        header += [f"{start if not at else ''}{MIXINGS[name].title}" for at, name in enumerate(mixings)]
+    for title in dict.fromkeys(title for task in tasks for title in table[task]):
+        cells = []
+        for task in tasks:
+            last, form = str(settings[task]["lengths"][-1]), _form(task)
+            for name in mixings:
+                own = [run["test"][last] for run in table[task].get(title, {}).get(name, [])]
+                missing = _missing(task, title, name)
+                cells.append(markdown.spread([x and x["all"] for x in own], form) if own else missing)
+        lines.append([title, *cells])
+    return (
+        markdown.table(header, lines)
+        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
+    )
+
+
+def _form(task: str) -> str:
+    return "{:.3f}" if TASKS[task].better == "lower" else "{:.1f}"
 
 
 def _missing(task: str, title: str, mixing: str) -> str:
@@ -166,22 +199,27 @@ def _cost(runs: Sequence[Result]) -> str:
 
 def _provenance(runs: Sequence[Result]) -> str:
     setting = runs[0]["setting"]
+    parts = [
+        f"{setting['steps']} steps of {setting['batch_size']} sequences of {setting['lengths'][0]} tokens",
+        f"data {_each(runs, 'data', 'source')}, sha256 {setting['sha256'][:12]}…",
+    ]
+    return f"{'; '.join(parts)}; {_source(runs)} Written by `liegroup-attn positions` from `results/*.json`."
 
-    def each(key: str, name: str) -> str:
-        return ", ".join(sorted({str(run[key][name]) for run in runs}))
 
+def _each(runs: Sequence[Result], key: str, name: str) -> str:
+    return ", ".join(sorted({str(run[key][name]) for run in runs}))
+
+
+def _source(runs: Sequence[Result]) -> str:
+    """Seeds, machine, versions and dates."""
     seeds = sorted({run["seed"] for run in runs})
-    counts = {
-        len([r for r in runs if (r["encoding"], r["mixing"]) == (run["encoding"], run["mixing"])]) for run in runs
-    }
+    cells = [tuple(run[key] for key in ("task", "encoding", "mixing")) for run in runs]
     of = f"mean ± s.d. over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}, no spread"
     parts = [
-        of + ("" if len(counts) == 1 else "; some cells have fewer seeds"),
-        f"{setting['steps']} steps of {setting['batch_size']} sequences of {setting['lengths'][0]} tokens",
-        f"data {each('data', 'source')}, sha256 {setting['sha256'][:12]}…",
-        f"{each('hardware', 'name')}, {each('hardware', 'threads')} thread",
-        f"torch {each('versions', 'torch')}",
+        of + ("" if len({cells.count(cell) for cell in cells}) == 1 else "; some cells have fewer seeds"),
+        f"{_each(runs, 'hardware', 'name')}, {_each(runs, 'hardware', 'threads')} thread",
+        f"torch {_each(runs, 'versions', 'torch')}",
         ", ".join(sorted({run["date"] for run in runs})),
         f"code {', '.join(sorted({run['code'][:8] for run in runs}))}",
     ]
-    return f"{'; '.join(parts)}. Written by `liegroup-attn positions` from `results/*.json`."
+    return f"{'; '.join(parts)}."

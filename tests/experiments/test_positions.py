@@ -18,6 +18,7 @@ from experiments.results import ROOT
 from liegroup_attn.lightning.cli import main as command
 from liegroup_attn.nn import build_encoding
 
+COMMITTED = dict(SETTINGS)  # before a fixture makes them small
 TINY = {"width": 8, "depth": 1, "num_heads": 2, "weight_decay": 0.01, "learning_rate": 1e-2, "warmup_steps": 1}
 SMALL = {
     "text": {"batch_size": 2, "lengths": [8, 16], "test_bytes": 64},
@@ -308,7 +309,7 @@ def test_tables_and_figures_need_no_training(compared, monkeypatch):
     written = {path.name: path for path in draw.draw(folder / "out", [report.FOLDER])}
     assert set(written) == {"table.md", *(f"{name}.png" for name in TASKS)}
     found = tables.other_tables(folder / "out")
-    assert {f"positions_{name}" for name in (*TASKS, "text_last", "cost")} <= set(found)
+    assert {f"positions_{name}" for name in (*TASKS, "text_last", "cost", "summary")} <= set(found)
     line = next(x for x in found["positions_recall"].splitlines() if x.startswith("| RoPE |"))
     by = report.rows(report.load(folder / "out", "recall"))["RoPE"]
     values = [one["test"]["16"]["all"] for one in by["softmax"]]
