@@ -126,7 +126,7 @@ def _ended(
             yield futures[future], future
     except BaseException:
         for process in list(pool._processes.values()):  # they would go on with what is of no use to anyone
-            process.terminate()
+            process.kill()  # Lightning's trainer lives on after SIGTERM
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
