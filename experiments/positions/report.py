@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torchmetrics.functional import spearman_corrcoef
+
 from experiments import markdown
 from experiments.positions.encodings import ENCODINGS, MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
@@ -87,6 +90,7 @@ def positions_tables(output: Path) -> dict[str, str]:
     return found | {
         f"{FOLDER}_cost": _cost(runs) if runs else NONE_YET,
         f"{FOLDER}_summary": _summary(runs) if runs else NONE_YET,
+        f"{FOLDER}_agreement": _agreement(runs) if runs else NONE_YET,
     }
 
 
@@ -137,6 +141,33 @@ def _summary(runs: Sequence[Result]) -> str:
         lines.append([title, *cells])
     return (
         markdown.table(header, lines)
+        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
+    )
+
+
+def _agreement(runs: Sequence[Result]) -> str:
+    """Whether encodings stand in the same order under another way of mixing: rank correlation of their means over seeds."""
+    present = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
+    pairs = [(present[0], other) for other in present[1:]]
+    header = ["task", "tested at", *(f"{MIXINGS[a].title} and {MIXINGS[b].title}" for a, b in pairs)]
+    lines = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        own = [run for run in runs if run["task"] == task]
+        ends = own[0]["setting"]["lengths"]
+        for length in dict.fromkeys([str(ends[0]), str(ends[-1])]):
+            mean: dict[tuple[str, str], float] = {}
+            for key in {(run["encoding"], run["mixing"]) for run in own if run["test"][length] is not None}:
+                mean[key] = statistics.fmean(
+                    run["test"][length]["all"] for run in own if (run["encoding"], run["mixing"]) == key
+                )
+            cells = []
+            for a, b in pairs:
+                both = [encoding for encoding, mixing in mean if mixing == a and (encoding, b) in mean]
+                x, y = (torch.tensor([mean[encoding, mixing] for encoding in both]) for mixing in (a, b))
+                cells.append(f"{spearman_corrcoef(x, y):.2f} of {len(both)}" if len(both) > 2 else "")
+            lines.append([task, length, *cells])
+    return (
+        markdown.table(header, lines, words=2)
         + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
     )
 

@@ -309,11 +309,33 @@ def test_tables_and_figures_need_no_training(compared, monkeypatch):
     written = {path.name: path for path in draw.draw(folder / "out", [report.FOLDER])}
     assert set(written) == {"table.md", *(f"{name}.png" for name in TASKS)}
     found = tables.other_tables(folder / "out")
-    assert {f"positions_{name}" for name in (*TASKS, "text_last", "cost", "summary")} <= set(found)
+    assert {f"positions_{name}" for name in (*TASKS, "text_last", "cost", "summary", "agreement")} <= set(found)
     line = next(x for x in found["positions_recall"].splitlines() if x.startswith("| RoPE |"))
     by = report.rows(report.load(folder / "out", "recall"))["RoPE"]
     values = [one["test"]["16"]["all"] for one in by["softmax"]]
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" == line.split("|")[2].strip()
+
+
+def test_agreement_is_a_rank_correlation_over_encodings(compared):
+    folder, _ = compared
+    (like,) = (
+        one
+        for one in report.load(folder / "out", "text")
+        if (one["encoding"], one["mixing"], one["seed"]) == ("none", "softmax", 0)
+    )
+    first, last = (str(length) for length in like["setting"]["lengths"][:: len(like["setting"]["lengths"]) - 1])
+    runs = [
+        like
+        | {
+            "encoding": encoding,
+            "mixing": mixing,
+            "test": {first: {"all": up}, last: {"all": up if mixing == "softmax" else -up}},
+        }
+        for mixing in ("softmax", "first_hop")
+        for up, encoding in enumerate(("none", "rope", "alibi", "t5"))
+    ]
+    lines = [line.split(" | ") for line in report._agreement(runs).splitlines() if line.startswith("| text")]
+    assert [line[2].removesuffix(" |") for line in lines] == ["1.00 of 4", "-1.00 of 4"]
 
 
 def test_without_results_the_page_says_so(tmp_path):
