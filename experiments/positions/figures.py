@@ -21,6 +21,7 @@ PALETTE = (
     "#000000", "#7F7F7F", "#B5B5B5", "#0072B2", "#56B4E9", "#88CCEE", "#332288", "#009E73", "#D55E00", "#E69F00",
     "#8C2D04", "#CC79A7", "#7B3294", "#66C2A5", "#F4A582",
 )  # fmt: skip
+SHAPES = "osv^<>pPXhd"
 PARTS = {"all": "all positions", "last": "last {} positions"}
 
 
@@ -45,9 +46,10 @@ def lines(rows: Rows, unit: str) -> Figure:
             }
             shown += [x for _, runs in curves.values() for run in runs for x in run if not math.isnan(x)]
             plot_curves(curves, ax=ax, colors=colors)
-            for line in ax.lines:  # one length alone makes no line
-                if sum(math.isfinite(y) for y in line.get_ydata()) == 1:
-                    line.set(marker="D", markersize=7)
+            for line in ax.lines:
+                alone = sum(math.isfinite(y) for y in line.get_ydata()) == 1  # one length makes no line
+                mark = SHAPES[titles.index(line.get_label()) % len(SHAPES)]
+                line.set(marker="D" if alone else mark, markersize=7 if alone else 4)
             if ax.get_legend() is not None:
                 ax.get_legend().remove()
             ax.set_xscale("log", base=2)
@@ -113,7 +115,8 @@ def _value(run: dict[str, Any], length: int, key: str) -> float:
 def _limit(ax: Any, shown: list[float]) -> float | None:
     """Leave what is far above most of the numbers outside, and say how far it goes; None where all is inside."""
     low, middle = min(shown), statistics.median(shown)
-    top = min(max(shown), middle + max(4 * (middle - low), 0.1))
+    top = middle + max(4 * (middle - low), 0.1)
+    top = max(shown) if max(shown) < 1.1 * top else top
     pad = 0.04 * (top - low) + 1e-3
     ax.set_ylim(low - pad, top + pad)
     return max(shown) if max(shown) > top else None
