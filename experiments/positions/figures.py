@@ -35,6 +35,7 @@ def lines(rows: Rows, unit: str) -> Figure:
     titles = [choice.title for choice in ENCODINGS.values()]
     after = titles.index(ENCODINGS["rope"].title) + 1
     titles[after:after] = [choice.title for choice in RESCALED.values()]
+    titles += [title for title in rows if title not in titles]
     colors = dict(zip(titles, PALETTE, strict=False))
     shown: list[float] = []
     for row, (key, part) in zip(grid, PARTS.items(), strict=True):
