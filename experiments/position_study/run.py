@@ -52,8 +52,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--roles", nargs="+", choices=list(ROLES), default=list(ROLES))
     parser.add_argument("--encodings", nargs="+", choices=list(ENCODINGS), default=list(ENCODINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seed 0 was of the pilots")
-    parser.add_argument("--corpus", default="tinyshakespeare", help="as ByteCorpus takes it")
-    parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
+    parser.add_argument(
+        "--corpus", default="tinyshakespeare", help="a public corpus, or the path of a text of your own"
+    )
+    parser.add_argument("--path", default=None, help="a local copy of the public corpus instead of a download")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--context", type=int, default=64, help="bytes a window")
     parser.add_argument("--batch-size", type=int, default=32)

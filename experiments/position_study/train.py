@@ -26,7 +26,7 @@ __all__ = ["ENCODINGS", "MIXINGS", "ROLES", "corpus_of", "train"]
 ROLES = {"encoder": False, "decoder": True}  # name → is_causal
 MIXINGS: dict[str, Any] = {
     "softmax": {"module": "SoftmaxAttention"},
-    "exp": {"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock"},
+    "first_hop": {"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock"},
 }
 ENCODINGS: dict[str, dict[str, Any]] = {
     "learned": {"module": "LearnedEncoding", "std": 1.0},  # as large as bytes' vectors; num_positions is the context

@@ -27,6 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     cells = _cells(args)
     waiting = [cell for cell in cells if not _finished(cell)]
+    for task in args.tasks:
+        own = {cell.encoding for cell in cells if cell.task == task}
+        if left := [name for name in args.named if name not in own]:
+            console.print(
+                f"{task} is run without {', '.join(left)}, which it does not have with {', '.join(args.mixings)}"
+            )
     if len(waiting) < len(cells):
         console.print(
             f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already in {args.output / FOLDER}"
@@ -49,17 +55,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     names = list(dict.fromkeys([*ENCODINGS, *IMAGE_ENCODINGS]))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument(
-        "--encodings", nargs="+", choices=names, default=names, help="those that a task has are run on it"
+        "--encodings", nargs="+", choices=names, default=None, help="those that a task has are run on it; default all"
     )
     parser.add_argument("--mixings", nargs="+", choices=list(MIXINGS), default=list(MIXINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps-factor", type=float, default=1.0, help="times the steps of every task")
     parser.add_argument("--max-steps", type=int, default=None, help="at most so many steps a cell, for a first look")
-    parser.add_argument("--corpus", default="tinyshakespeare", help="of the text, as ByteCorpus takes it")
-    parser.add_argument("--path", default=None, help="a local copy of the corpus instead of a download")
+    parser.add_argument(
+        "--corpus", default="tinyshakespeare", help="a public corpus, or the path of a text of your own"
+    )
+    parser.add_argument("--path", default=None, help="a local copy of the public corpus instead of a download")
     parser.add_argument("--jobs", type=int, default=None, help="cells at a time, one thread each; default: one a core")
     parser.add_argument("--output", type=Path, default=Path("runs/positions"), help="results, tables, figures")
     args = parser.parse_args(argv)
+    args.named = args.encodings or []
+    args.encodings = args.encodings or names
     args.jobs = args.jobs if args.jobs is not None else os.cpu_count() or 1
     for name, wrong in (
         ("seeds", min(args.seeds) < 0),
@@ -92,7 +102,8 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         )
     if not wanted:
         raise ValueError(
-            f"encodings: expected some that {args.tasks} have with {args.mixings}, got {args.encodings}; choose others"
+            f"encodings: expected some that {args.tasks} have with {args.mixings}, got {args.encodings}; they have "
+            + "; ".join(f"{task}: {', '.join(TASKS[task].encodings)}" for task in args.tasks)
         )
     settings = {task: _setting(task, args) for task in dict.fromkeys(task for task, _, _ in wanted)}
     return [

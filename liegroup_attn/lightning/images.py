@@ -32,8 +32,8 @@ class ImageClassifier(Trained):
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and residual branches, in training.
         places: every place has a learned embedding; null (default): if there is no ``encoding``.
-        encoding: recipe of the positions of patches, on one axis in reading order, or on two; null (default) for none beside
-            the embeddings.
+        encoding: recipe of the positions of patches: on two axes (``AxialRotary``, ``MixedRotary``, or with ``axes: 2``) their
+            rows and columns, else their places in reading order; null (default) for none beside the embeddings.
         learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
@@ -87,6 +87,7 @@ class ImageClassifier(Trained):
             encoding=encoding,
             streams=streams,
         )
+        self._grid()  # checks
         self.head = nn.Linear(width, num_classes)
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -102,19 +103,21 @@ class ImageClassifier(Trained):
         x = self.embedding(tokens)
         if self.places is not None:
             x = x + self.places.weight
-        return self.head(self.transformer(x, positions=self._positions(x)).mean(1))
+        grid = self._grid()
+        positions = None if grid is None else grid_positions(*grid, device=x.device)
+        return self.head(self.transformer(x, positions=positions).mean(1))
 
-    def _positions(self, x: Tensor) -> Tensor | None:
-        """Rows and columns of the patches, if that is what positions are."""
+    def _grid(self) -> tuple[int, int] | None:
+        """Number of rows and of columns, if these are what positions are."""
         if self.transformer.axes == 1:
             return None
         side = math.isqrt(self.num_patches)
         if side**2 != self.num_patches or self.transformer.axes != 2:
             raise ShapeError(
                 f"num_patches: expected a square number and positions on 1 or 2 axes, got {self.num_patches} and "
-                f"{self.transformer.axes}; change patch_size or encoding"
+                f"{self.transformer.axes}; change num_patches or encoding"
             )
-        return grid_positions(side, side, device=x.device)
+        return side, side
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self(batch["tokens"]).float(), batch["labels"])

@@ -76,8 +76,8 @@ class SelfAttention(nn.Module, ABC):
             return
         if not isinstance(encoding, RotationEncoding | BiasEncoding):
             raise TypeError(
-                f"encoding: expected a RotationEncoding or BiasEncoding, got {type(encoding).__name__}; absolute encodings "
-                "are added to the tokens before the first layer"
+                f"encoding: expected a RotationEncoding or BiasEncoding, got {type(encoding).__name__}; build_encoding makes one "
+                "of a recipe, absolute encodings are added to the tokens before the first layer"
             )
         if isinstance(encoding, RotationEncoding):
             if encoding.head_width != self.head_width:

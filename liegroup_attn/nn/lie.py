@@ -155,8 +155,8 @@ class LieAttention(SelfAttention):
         if bias_as == "rates":
             if not isinstance(self.encoding, BiasEncoding) or self.ordered:
                 raise GeneratorError(
-                    "bias_as: expected a BiasEncoding and ordered=False beside 'rates', got others; give encoding=ALiBi(…), "
-                    "or RelativeRates by plus"
+                    "bias_as: expected a BiasEncoding and ordered=False beside 'rates', got "
+                    f"{type(self.encoding).__name__} and ordered={self.ordered}; give encoding=ALiBi(…), or RelativeRates by plus"
                 )
             hold(self, "position_rate", torch.full((self.num_heads, 1), float(position_rate)), PositiveVectors())
 

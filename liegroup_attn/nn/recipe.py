@@ -16,6 +16,7 @@ from liegroup_attn.nn.learned import LearnedGenerator, RateMatrix, RelativeRates
 from liegroup_attn.nn.lie import LieAttention
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.positional import FrequencyScaling, PositionalEncoding, RotationEncoding
+from liegroup_attn.positional.pairs import LAYOUTS
 
 __all__ = ["AttentionRecipe", "build_attention", "build_encoding"]
 
@@ -216,9 +217,15 @@ def _named(where: str, recipe: Mapping[str, Any], base: type) -> Any:
             and not (kind is base or inspect.isabstract(kind) or folded)
         ):
             known[own] = kind
+    if name is None:
+        raise ValueError(f"{where}: expected the key 'module', got {sorted(recipe)}; name a class, {sorted(known)}")
     if name not in known:
+        lower = {own.lower(): own for own in known}
+        if "RotaryEncoding" in known:
+            lower["rope"] = "RotaryEncoding"
+        meant = lower.get(str(name).lower(), "one of them")
         raise ValueError(
-            f"{where}.module: expected one of {sorted(known)}, got {name!r}; name one of them, or another by its path, "
+            f"{where}.module: expected one of {sorted(known)}, got {name!r}; name {meant}, or another by its path, "
             "package.module.Class"
         )
     return known[name]
@@ -246,7 +253,8 @@ def _build(where: str, recipe: Mapping[str, Any], kind: Any, sizes: Mapping[str,
     if unknown := sorted(set(given) - set(own)):
         raise ValueError(f"{where}: expected keys from {own} for {name}, got {unknown}; remove them")
     if missing := [key for key in own if wanted[key].default is inspect.Parameter.empty and key not in given]:
-        raise ValueError(f"{where}: expected {missing} for {name}, got {sorted(given)}; add what is missing")
+        layouts = f", {' or '.join(LAYOUTS)}" if "layout" in missing else ""
+        raise ValueError(f"{where}: expected {missing} for {name}, got {sorted(given)}; add what is missing{layouts}")
     if "scaling" in given:
         inner, scaling = f"{where}.scaling", given["scaling"]
         if not isinstance(scaling, Mapping):

@@ -79,7 +79,7 @@ def relative_law_residual(encoding: RotationEncoding, positions: Tensor) -> floa
     _, differences = _columns(encoding, apart)
     products = torch.einsum("ihxd,jhyd->hxyij", queries, keys)
     expected = torch.einsum("ihd,jhxyd->hxyij", origin.squeeze(2), differences.unflatten(2, (n, n)))
-    return float((products - expected).abs().max())
+    return float((products - expected).detach().abs().max())
 
 
 def score_decay(

@@ -72,7 +72,7 @@ BAD = {
     "absolute in a layer": (
         lambda: SoftmaxAttention(C, H, encoding=SinusoidalEncoding(C)),
         TypeError,
-        r"encoding: expected a RotationEncoding or BiasEncoding, got SinusoidalEncoding; absolute encodings are added",
+        r"encoding: expected a RotationEncoding or BiasEncoding, got SinusoidalEncoding; build_encoding makes one of a recipe, absolute encodings are added",
     ),
     "heads of a bias": (
         lambda: SoftmaxAttention(C, H, encoding=ALiBi(2)),
@@ -102,7 +102,7 @@ BAD = {
     "rates of a rotation": (
         lambda: LieAttention(C, H, encoding=RotaryEncoding(D, layout="half_split"), bias_as="rates"),
         GeneratorError,
-        r"bias_as: expected a BiasEncoding and ordered=False beside 'rates', got others; give",
+        r"bias_as: expected a BiasEncoding and ordered=False beside 'rates', got RotaryEncoding and ordered=False; give",
     ),
     "neither scores nor rates": (
         lambda: LieAttention(C, H, encoding=ALiBi(H), bias_as="weights"),
@@ -129,7 +129,18 @@ BAD = {
     "unknown encoding": (
         lambda: build_encoding({"module": "Rope"}, C, H),
         ValueError,
-        r"encoding.module: expected one of \[.*'ALiBi'.*'RotaryEncoding'.*\], got 'Rope'; name one",
+        r"encoding.module: expected one of \[.*'ALiBi'.*'RotaryEncoding'.*\], got 'Rope'; name RotaryEncoding, or",
+    ),
+    "wrong capitals": (lambda: build_encoding({"module": "alibi"}, C, H), ValueError, r"got 'alibi'; name ALiBi, or"),
+    "no name": (
+        lambda: build_encoding({"type": "yarn"}, C, H),
+        ValueError,
+        r"expected the key 'module', got \['type'\]",
+    ),
+    "no layout": (
+        lambda: build_encoding({"module": "RotaryEncoding"}, C, H),
+        ValueError,
+        r"expected \['layout'\] .*; add what is missing, half_split or interleaved",
     ),
     "base class": (
         lambda: build_encoding({"module": "BiasEncoding"}, C, H),

@@ -83,7 +83,7 @@ class ByteCorpus(L.LightningDataModule):
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {size}; raise it")
         if path and source not in PUBLIC:
             raise ValueError(
-                f"path: expected with one of the sources {sorted(PUBLIC)}, got source={source!r}; pass source=path"
+                f"path: expected with one of the sources {sorted(PUBLIC)}, got source={source!r}; of a text of your own pass source={str(path)!r} alone"
             )
         self.save_hyperparameters(logger=False)
         self.source, self.path, self.max_bytes = source, path, max_bytes

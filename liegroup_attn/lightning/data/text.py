@@ -94,8 +94,8 @@ def _read_checked(path: Path, sha256: str) -> bytes:
     data = path.read_bytes()
     if (got := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(
-            f"{path}: expected sha256 {sha256}, got {got}; delete {path} to download it anew, or pass path=… with"
-            " an intact copy"
+            f"{path}: expected sha256 {sha256} of the public file, got {got}; if it was downloaded, delete it and download again; "
+            "a text of your own goes in as the source, not as a path"
         )
     return data
 
