@@ -20,6 +20,7 @@ __all__ = ["FOLDER", "Rows", "load", "positions_tables", "report", "rows"]
 
 FOLDER = "positions"
 NONE_YET = "No results are committed yet; `liegroup-attn positions` makes them.\n"
+LEARNED = 90.0  # percent
 Result = dict[str, Any]
 Rows = dict[str, dict[str, list[Result]]]  # title of the encoding → mixing → runs by seed
 
@@ -86,6 +87,8 @@ def positions_tables(output: Path) -> dict[str, str]:
         runs = load(output, task)
         for suffix, key in (("", "all"), *((("_last", "last"),) if task == "text" else ())):
             found[f"{FOLDER}_{task}{suffix}"] = _table(runs, key) if runs else NONE_YET
+    recall = load(output, "recall")
+    found[f"{FOLDER}_recall_seeds"] = _seeds(recall) if recall else NONE_YET
     runs = [run for task in TASKS for run in load(output, task)]
     return found | {
         f"{FOLDER}_cost": _cost(runs) if runs else NONE_YET,
@@ -117,6 +120,27 @@ def _table(runs: Sequence[Result], key: str) -> str:
         ]
         lines.append([title, *cells])
     return markdown.table(header, lines) + f"\n{_references(runs, key, form)} {_provenance(runs)}\n"
+
+
+def _seeds(runs: Sequence[Result]) -> str:
+    """Seeds that have learned the task at the training length: it is all or nothing."""
+    length = str(runs[0]["setting"]["lengths"][0])
+    mixings = [name for name in MIXINGS if any(run["mixing"] == name for run in runs)]
+    lines = []
+    for title, by in rows(runs).items():
+        if title in {choice.title for choice in RESCALED.values()}:  # the weights of RoPE
+            continue
+        shares = [[run["test"][length]["all"] >= LEARNED for run in by.get(mixing, [])] for mixing in mixings]
+        cells = [
+            f"{sum(share)} of {len(share)}" if share else _missing(runs[0]["task"], title, mixing)
+            for mixing, share in zip(mixings, shares, strict=True)
+        ]
+        lines.append([title, *cells])
+    header = [f"seeds right in at least {LEARNED:g} % at {length} tokens", *(MIXINGS[name].title for name in mixings)]
+    return (
+        markdown.table(header, lines)
+        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
+    )
 
 
 def _summary(runs: Sequence[Result]) -> str:
