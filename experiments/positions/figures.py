@@ -73,7 +73,7 @@ def lines(rows: Rows, unit: str) -> Figure:
 
 
 def dots(rows: Rows, unit: str) -> Figure:
-    """A line an encoding, a panel a test length, a colour a mixing; mean ± s.d. over seeds."""
+    """A line an encoding, a panel a test length, a colour a mixing; each seed faint, their mean full."""
     setting = next(iter(next(iter(rows.values())).values()))[0]["setting"]
     lengths, titles = setting["lengths"], list(rows)
     mixings = [name for name in MIXINGS if any(name in by for by in rows.values())]
@@ -86,11 +86,9 @@ def dots(rows: Rows, unit: str) -> Figure:
                 found = [_value(run, length, "all") for run in rows[title].get(mixing, [])]
                 found = [x for x in found if not math.isnan(x)]
                 if found:
-                    bar = statistics.stdev(found) if len(found) > 1 else 0.0
-                    ax.errorbar(
-                        statistics.fmean(found), line + shift, xerr=bar, fmt=MARKS[mixing], color=COLORS[mixing], markersize=4,
-                        elinewidth=1, linewidth=0,
-                    )  # fmt: skip
+                    at_y, color, mark = line + shift, COLORS[mixing], MARKS[mixing]
+                    ax.plot(found, [at_y] * len(found), mark, color=color, markersize=3, alpha=0.35, markeredgewidth=0)
+                    ax.plot(statistics.fmean(found), at_y, mark, color=color, markersize=4)
         if len(lengths) > 1:
             ax.set_title(f"{length} tokens{', as trained' if not at else ''}", fontsize=9)
         ax.set_xlabel(f"test {unit}", fontsize=9)
