@@ -263,7 +263,7 @@ def _softmax_across(
     mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
     if score_bias is not None:
         score_bias = check_bias(score_bias, shape)
-    hidden = biased_mask(score_bias, mask.attn_mask, is_causal, query, key)
+    hidden = biased_mask(score_bias, mask.attn_mask, is_causal and mask.attn_mask is None, query, key)
     mixed = F.scaled_dot_product_attention(
         query, key, value, hidden, dropout_p, is_causal and hidden is None, scale=scale
     )

@@ -207,6 +207,10 @@ def biased_mask(
                 [0., 0.]])
     """
     sizes = query.size(-2), key.size(-2)
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise DtypeError(
+            f"attn_mask: expected torch.bool (True = takes part) or {query.dtype} as the query, got {attn_mask.dtype}; convert it"
+        )
     if score_bias is None:
         return causal_too(attn_mask, *sizes) if is_causal and attn_mask is not None else attn_mask
     bias = score_bias
@@ -220,10 +224,6 @@ def biased_mask(
         return bias
     if attn_mask.dtype == torch.bool:
         return torch.where(attn_mask, bias, -torch.inf)
-    if not attn_mask.is_floating_point():
-        raise DtypeError(
-            f"attn_mask: expected torch.bool (True = takes part) or {query.dtype} as the query, got {attn_mask.dtype}; convert it"
-        )
     return bias + attn_mask.to(query.dtype)
 
 
@@ -255,7 +255,7 @@ def _check_closed(allowed: Tensor, no_target: Tensor) -> None:
     """Raise unless several allowed hops lead only where one allowed hop leads."""
     if allowed.size(-2) == 1:  # key padding: every row sees the same keys, hence closed
         return
-    n = allowed.size(-1)
+    n = max(allowed.shape[-2:])
     allowed = allowed.expand(*allowed.shape[:-2], n, n)
     eye = torch.eye(n, dtype=torch.bool, device=allowed.device)
     onward = allowed & ~eye

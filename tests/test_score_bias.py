@@ -156,6 +156,17 @@ def test_across_tokens(is_causal):
     torch.testing.assert_close(got, scores.softmax(-1) @ value, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_mask_beside_a_causal_one_across_tokens(with_bias):
+    query, key, value = normal(B, H, 4, E), normal(B, H, N, E, seed=1), normal(B, H, N, E, seed=2)
+    bias = normal(H, 4, N, seed=4) if with_bias else None
+    mask = torch.arange(N) != 1
+    got = la.lie_attention(query, key, value, mask[None], is_causal=True, score_bias=bias, time=0.0, first_hop=True)
+    scores = query @ key.mT / E**0.5 + (bias if with_bias else 0)
+    hidden = torch.ones(4, N, dtype=torch.bool).triu(1) | ~mask
+    torch.testing.assert_close(got, scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value, atol=1e-12, rtol=0)
+
+
 def test_several_times_at_once():
     times, bias = torch.tensor([0.3, 2.0], dtype=torch.float64).view(2, 1, 1, 1), normal(H, N, N, seed=4)
     both = la.lie_attention(*inputs(), score_bias=bias, time=times)
@@ -291,6 +302,8 @@ def test_bad_biases(bias, error, match):
 def test_a_sweep_refuses_it():
     with pytest.raises(GeneratorError, match=r"no bias or mask for CausalSweep, .*and a score_bias; use method=None"):
         la.lie_attention(Q, K, V, is_causal=True, score_bias=BIAS, method=la.CausalSweep())
+    with pytest.raises(GeneratorError, match=r"is_causal=True and an attn_mask; use method=None"):
+        la.lie_attention(Q, K, V, MASKS["padding"][0], is_causal=True, method=la.CausalSweep())
 
 
 BAD = {

@@ -30,9 +30,9 @@ SOLVE_OVER_HOP = 1.0  # multiply-adds of N hops of width D that one of a solve i
 class Automatic(Method):
     """Chooses another method by the generator, the number of hops, the size, the device and the dtype, and lets it act.
 
-    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains without a bias, ``TriangularSolve`` for other
-      causal generators, else one dense solve (``MatrixExp``) where hops would cost more.
-    - Fixed clock: ``CausalSweep`` for causal softmax chains, else hops: on a formed P while all matrices of the call fit
+    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains without a bias or mask, ``TriangularSolve`` for
+      other causal generators, else one dense solve (``MatrixExp``) where hops would cost more.
+    - Fixed clock: ``CausalSweep`` for the same chains, else hops: on a formed P while all matrices of the call fit
       into 256 MiB, over fused attention kernels beyond, with dropout, and for half precision on a GPU. Past 64 hops
       ``ScalingSquaring``, while its matrices fit; past 1000 whether they fit or not.
     - Another clock: hops.

@@ -34,7 +34,7 @@ class CausalSweep(HopMethod):
             differentiable once; they have not yet run on one.
 
     Raises:
-        GeneratorError: not a causal ``SoftmaxGenerator``, or a block size < 1.
+        GeneratorError: not a causal ``SoftmaxGenerator``, or one with a bias or a mask; a block size < 1.
         ShapeError: one time per query row with a clock that is a resolvent.
         ConvergenceError: ``tol`` and ``max_terms`` given and K hops do not reach ``tol``.
 

@@ -171,7 +171,7 @@ def build_encoding(
             ``scaling: {module: YaRN, factor: 4.0, original_length: 2048}``.
         embed_dim: C, model width.
         num_heads: H.
-        num_kv_heads: heads of keys, which a rotation may differ by; default H.
+        num_kv_heads: key heads, for each of which a rotation has an R; default H.
         is_causal: lower-triangular mask.
 
     Returns:
@@ -219,7 +219,7 @@ def _named(where: str, recipe: Mapping[str, Any], base: type) -> Any:
             known[own] = kind
     if name is None:
         raise ValueError(f"{where}: expected the key 'module', got {sorted(recipe)}; name a class, {sorted(known)}")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         lower = {own.lower(): own for own in known}
         if "RotaryEncoding" in known:
             lower["rope"] = "RotaryEncoding"
@@ -235,22 +235,26 @@ def _at_path(where: str, path: str, base: type) -> Any:
     package, _, name = path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{where}.module: expected the path of a class, package.module.Class, got {path!r} ({error}); is it installed, or "
             "on PYTHONPATH?"
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise TypeError(f"{where}.module: expected a {base.__name__}, got {path}, {kind!r}; derive it from one")
+    if not (isinstance(kind, type) and issubclass(kind, base)) or inspect.isabstract(kind) or kind is base:
+        raise TypeError(
+            f"{where}.module: expected a class derived from {base.__name__} and complete, got {path}, {kind!r}"
+        )
     return kind
 
 
 def _build(where: str, recipe: Mapping[str, Any], kind: Any, sizes: Mapping[str, Any]) -> Any:
     """An object of a class from a recipe; ``sizes`` fill those of its arguments that they name."""
     given = {key: value for key, value in recipe.items() if value is not None and key != "module"}
-    wanted, name = inspect.signature(kind).parameters, recipe["module"]
+    wanted, name = dict(inspect.signature(kind).parameters), recipe["module"]
+    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+    wanted = {key: p for key, p in wanted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     own = sorted(set(wanted) - set(sizes))
-    if unknown := sorted(set(given) - set(own)):
+    if (unknown := sorted(set(given) - set(own))) and not any_key:
         raise ValueError(f"{where}: expected keys from {own} for {name}, got {unknown}; remove them")
     if missing := [key for key in own if wanted[key].default is inspect.Parameter.empty and key not in given]:
         layouts = f", {' or '.join(LAYOUTS)}" if "layout" in missing else ""

@@ -193,7 +193,8 @@ class RotationEncoding(PositionalEncoding):
         self._check("key", key)
         if query.size(-2) != key.size(-2):
             raise ShapeError(
-                f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; queries of other tokens go through the encoding by themselves, encoding(query, positions)"
+                f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; rotate each with its own tokens and take "
+                "rotate(query, query)[0], rotate(key, key)[1]"
             )
         with torch.autocast(query.device.type, enabled=False):
             coordinates = self.coordinates(positions, query.shape[:-1], query)

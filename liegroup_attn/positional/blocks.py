@@ -70,7 +70,8 @@ class BlockExponential(HeadRotation):
             return (one_parameter_rotations(common[:, None, None], times),)
         generators = self.generators(coordinates.dtype).unsqueeze(1)  # (H, 1, P, D/b, b, b)
         at = along_axes(coordinates, generators.flatten(-3)).unflatten(-1, generators.shape[-3:])
-        rotations = expm(at)  # (..., H, 1, N, D/b, b, b)
+        # In float64: every squaring doubles an error, and products in TF32 would leave nothing of far positions.
+        rotations = expm(at.double()).to(at.dtype)  # (..., H, 1, N, D/b, b, b)
         return (nearest_orthonormal(rotations, _STEPS),)
 
     def turn(self, x: Tensor, *prepared: Tensor) -> Tensor:  # noqa: D102

@@ -79,7 +79,7 @@ def relative_law_residual(encoding: RotationEncoding, positions: Tensor) -> floa
     _, differences = _columns(encoding, apart)
     products = torch.einsum("ihxd,jhyd->hxyij", queries, keys)
     expected = torch.einsum("ihd,jhxyd->hxyij", origin.squeeze(2), differences.unflatten(2, (n, n)))
-    return float((products - expected).detach().abs().max())
+    return float((products - expected).abs().max())
 
 
 def score_decay(
@@ -179,13 +179,13 @@ def position_similarity(vectors: Tensor | AbsoluteEncoding, positions: Tensor | 
     return unit @ unit.mT
 
 
-@torch.no_grad()
 def _signed(positions: Tensor) -> Tensor:
     """Integers of which differences may be taken."""
-    small = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
-    return positions.long() if small else positions
+    integer = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+    return positions.long() if integer else positions
 
 
+@torch.no_grad()
 def _columns(encoding: RotationEncoding, positions: Tensor) -> tuple[Tensor, Tensor]:
     """What acts on queries and on keys, by columns: (D, H, N, D), float64."""
     width, heads = encoding.head_width, encoding.num_heads or 1

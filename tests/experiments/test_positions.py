@@ -309,7 +309,9 @@ def test_tables_and_figures_need_no_training(compared, monkeypatch):
     written = {path.name: path for path in draw.draw(folder / "out", [report.FOLDER])}
     assert set(written) == {"table.md", *(f"{name}.png" for name in TASKS)}
     found = tables.other_tables(folder / "out")
-    assert {f"positions_{name}" for name in (*TASKS, "text_last", "cost", "summary", "agreement", "recall_seeds")} <= set(found)
+    assert {
+        f"positions_{name}" for name in (*TASKS, "text_last", "cost", "summary", "agreement", "recall_seeds")
+    } <= set(found)
     line = next(x for x in found["positions_recall"].splitlines() if x.startswith("| RoPE |"))
     by = report.rows(report.load(folder / "out", "recall"))["RoPE"]
     values = [one["test"]["16"]["all"] for one in by["softmax"]]

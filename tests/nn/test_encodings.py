@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liegroup_attn import transition_matrix
-from liegroup_attn.errors import CacheError, GeneratorError, MaskError, ShapeError
+from liegroup_attn.errors import CacheError, DtypeError, GeneratorError, MaskError, ShapeError
 from liegroup_attn.lightning import ImageClassifier, LanguageModel, build_optimizer
 from liegroup_attn.lightning.diagnosis import look_at_flow
 from liegroup_attn.nn import (
@@ -175,7 +175,19 @@ BAD = {
     "a path to something else": (
         lambda: build_encoding({"module": "torch.nn.Linear"}, C, H),
         TypeError,
-        r"expected a PositionalEncoding, got torch.nn.Linear",
+        r"expected a class derived from PositionalEncoding and complete, got torch.nn.Linear",
+    ),
+    "half a path": (lambda: build_encoding({"module": ".alibi.ALiBi"}, C, H), ValueError, r"got '.alibi.ALiBi'"),
+    "a base by its path": (
+        lambda: build_encoding({"module": "liegroup_attn.positional.RotationEncoding"}, C, H),
+        TypeError,
+        r"expected a class derived from PositionalEncoding and complete, got liegroup",
+    ),
+    "a list for a name": (lambda: build_encoding({"module": ["ALiBi"]}, C, H), ValueError, r"got \['ALiBi'\]; name"),
+    "an integer mask": (
+        lambda: SoftmaxAttention(C, H, is_causal=True)(torch.zeros(1, N, C), torch.ones(1, 1, 1, N, dtype=torch.long)),
+        DtypeError,
+        r"attn_mask: expected torch.bool .* got torch.int64; convert",
     ),
     "a name for a recipe": (lambda: build_encoding("ALiBi", C, H), TypeError, r"expected a recipe .*, got 'ALiBi'"),
     "no scaling": (
@@ -509,3 +521,15 @@ def test_grouped_heads_by_recipe(module, encoding):
 def test_a_class_of_ones_own_by_its_path():
     named = build_encoding({"module": "liegroup_attn.positional.alibi.ALiBi"}, C, H)
     assert type(named) is ALiBi
+
+
+class Passing(ALiBi):
+    """Leaves its arguments to its base."""
+
+    def __init__(self, num_heads, **more):
+        super().__init__(num_heads, **more)
+
+
+def test_a_class_that_passes_its_arguments_on(monkeypatch):
+    monkeypatch.setattr("liegroup_attn.positional.alibi.Passing", Passing, raising=False)
+    assert build_encoding({"module": "liegroup_attn.positional.alibi.Passing"}, C, H).num_heads == H

@@ -8,6 +8,7 @@ import torch
 from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.positional import (
     ALiBi,
+    CayleyString,
     LearnedEncoding,
     RotaryEncoding,
     RotationEncoding,
@@ -210,6 +211,10 @@ ROTARY = RotaryEncoding(D, layout="half_split")
 def test_wrong_kinds(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_numbers_of_learned_encodings_keep_no_graph():
+    assert not score_decay(CayleyString(8, 2), torch.arange(4)).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
