@@ -378,3 +378,27 @@ def test_bad_input_ends_in_one_sentence(words, message, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+# what is committed
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_committed_results_are_complete_and_of_the_committed_settings(name):
+    runs = report.load(ROOT, name)
+    seeds = (0, 1) if name == "text" else (0, 1, 2)  # as the README says
+    wanted = {
+        (encoding, mixing, seed)
+        for encoding, choice in TASKS[name].encodings.items()
+        for mixing, how in MIXINGS.items()
+        for seed in seeds
+        if encodings.combined(choice, how) and encoding in how.only.get(name, [encoding])
+    }
+    assert {(one["encoding"], one["mixing"], one["seed"]) for one in runs} == wanted
+    for one in runs:
+        assert {key: value for key, value in one["setting"].items() if key != "sha256"} == COMMITTED[name]
+        choice, how = TASKS[name].encodings[one["encoding"]], MIXINGS[one["mixing"]]
+        attention, encoding = encodings.recipes(choice, how, COMMITTED[name]["lengths"][0])
+        assert one["recipes"] == {"attention": attention, "encoding": encoding}
+    starts = {(one["encoding"], one["seed"]): one["parameters"] for one in runs if one["mixing"] == "softmax"}
+    assert len({starts["none", seed] for seed in seeds}) == 1
