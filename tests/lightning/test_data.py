@@ -170,7 +170,9 @@ def test_a_copy_with_a_wrong_hash_is_refused_and_left_alone(text_file):
     before = text_file.read_bytes()
     data = ByteCorpus("tinyshakespeare", path=str(text_file))
     got = hashlib.sha256(before).hexdigest()
-    with pytest.raises(ValueError, match=rf"expected sha256 86c4e6aa\w+ of the public file, got {got}; .*own goes in as the source"):
+    with pytest.raises(
+        ValueError, match=rf"expected sha256 86c4e6aa\w+ of the public file, got {got}; .*own goes in as the source"
+    ):
         data.setup()
     assert text_file.read_bytes() == before
 
