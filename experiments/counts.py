@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BYTES", "log_frequencies"]
+__all__ = ["BYTES", "as_numbers", "log_frequencies"]
 
 BYTES = 256
 _PRIOR = 0.01  # of a count, for every byte
+
+
+def as_numbers(text: bytes) -> Tensor:
+    """(N,), int64."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
 def log_frequencies(given: Tensor, byte: Tensor | None = None, contexts: int = BYTES) -> Tensor:

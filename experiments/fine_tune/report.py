@@ -14,6 +14,7 @@ from experiments.fine_tune.tasks import TASKS
 __all__ = ["FOLDER", "VARIANTS", "fine_tune_tables", "load", "report"]
 
 FOLDER = "fine_tune"
+NATS = "{:.4f}"
 _EXPONENTIAL = {"clock": "ExponentialClock"}
 # name → title, options of the conversion, what is trained; in the order of tables and legends
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -67,9 +68,6 @@ def fine_tune_tables(output: Path) -> dict[str, str]:
     """Markdown by the names of its markers."""
     found = {f"{FOLDER}_{task}": load(output, task) for task in TASKS}
     return {name: _table(results) for name, results in found.items() if results}
-
-
-NATS = "{:.4f}"
 
 
 def _table(results: Results) -> str:

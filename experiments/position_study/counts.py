@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.counts import BYTES, log_frequencies
+from experiments.counts import BYTES, as_numbers, log_frequencies
 from experiments.position_study.model import IGNORED, hidden_at
 from liegroup_attn.lightning import ByteCorpus
 from liegroup_attn.lightning.data.text import read_splits
@@ -24,7 +24,7 @@ def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
         ``none``, by how often a byte occurs; ``left``, after the byte before; for an encoder also ``both``, between its two
         neighbours, which are taken as they are although they may be hidden from the model, too.
     """
-    text = _tensor(read_splits(data.source, data.path or data.folder)["train"])
+    text = as_numbers(read_splits(data.source, data.path or data.folder)["train"])
     single, after = log_frequencies(text), log_frequencies(text[:-1], text[1:])
     around = None if is_causal else log_frequencies(text[:-2] * BYTES + text[2:], text[1:-1], BYTES**2)
     found: dict[str, list[Tensor]] = {}
@@ -47,7 +47,3 @@ def counted(data: ByteCorpus, is_causal: bool) -> dict[str, float]:
         for name, logs in parts.items():
             found.setdefault(name, []).append(-logs.flatten())
     return {name: round(float(torch.cat(nats).mean()), 4) for name, nats in found.items()}
-
-
-def _tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()

@@ -137,10 +137,7 @@ def _seeds(runs: Sequence[Result]) -> str:
         ]
         lines.append([title, *cells])
     header = [f"seeds right in at least {LEARNED:g} % at {length} tokens", *(MIXINGS[name].title for name in mixings)]
-    return (
-        markdown.table(header, lines)
-        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
-    )
+    return markdown.table(header, lines) + f"\n{_source(runs, 'seeds')}\n"
 
 
 def _summary(runs: Sequence[Result]) -> str:
@@ -163,10 +160,7 @@ def _summary(runs: Sequence[Result]) -> str:
                 missing = _missing(task, title, name)
                 cells.append(markdown.spread([x and x["all"] for x in own], form) if own else missing)
         lines.append([title, *cells])
-    return (
-        markdown.table(header, lines)
-        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
-    )
+    return markdown.table(header, lines) + f"\n{_source(runs)}\n"
 
 
 def _agreement(runs: Sequence[Result]) -> str:
@@ -190,10 +184,7 @@ def _agreement(runs: Sequence[Result]) -> str:
                 x, y = (torch.tensor([mean[encoding, mixing] for encoding in both]) for mixing in (a, b))
                 cells.append(f"{spearman_corrcoef(x, y):.2f} of {len(both)}" if len(both) > 2 else "")
             lines.append([task, length, *cells])
-    return (
-        markdown.table(header, lines, words=2)
-        + f"\n{_source(runs)} Written by `liegroup-attn positions` from `results/*.json`.\n"
-    )
+    return markdown.table(header, lines, words=2) + f"\n{_source(runs, 'means over seeds')}\n"
 
 
 def _form(task: str) -> str:
@@ -258,23 +249,23 @@ def _provenance(runs: Sequence[Result]) -> str:
         f"{setting['steps']} steps of {setting['batch_size']} sequences of {setting['lengths'][0]} tokens",
         f"data {_each(runs, 'data', 'source')}, sha256 {setting['sha256'][:12]}…",
     ]
-    return f"{'; '.join(parts)}; {_source(runs)} Written by `liegroup-attn positions` from `results/*.json`."
+    return f"{'; '.join(parts)}; {_source(runs)}"
 
 
 def _each(runs: Sequence[Result], key: str, name: str) -> str:
     return ", ".join(sorted({str(run[key][name]) for run in runs}))
 
 
-def _source(runs: Sequence[Result]) -> str:
-    """Seeds, machine, versions and dates."""
+def _source(runs: Sequence[Result], of: str = "mean ± s.d. over seeds") -> str:
+    """What the numbers are of, seeds, machine, versions and dates."""
     seeds = sorted({run["seed"] for run in runs})
     cells = [tuple(run[key] for key in ("task", "encoding", "mixing")) for run in runs]
-    of = f"mean ± s.d. over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}, no spread"
+    over = f"{of} {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}, no spread"
     parts = [
-        of + ("" if len({cells.count(cell) for cell in cells}) == 1 else "; some cells have fewer seeds"),
+        over + ("" if len({cells.count(cell) for cell in cells}) == 1 else "; some cells have fewer seeds"),
         f"{_each(runs, 'hardware', 'name')}, {_each(runs, 'hardware', 'threads')} thread",
         f"torch {_each(runs, 'versions', 'torch')}",
         ", ".join(sorted({run["date"] for run in runs})),
         f"code {', '.join(sorted({run['code'][:8] for run in runs}))}",
     ]
-    return f"{'; '.join(parts)}."
+    return f"{'; '.join(parts)}. Written by `liegroup-attn positions` from `results/*.json`."

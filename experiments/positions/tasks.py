@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from experiments.counts import log_frequencies
+from experiments.counts import as_numbers, log_frequencies
 from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, Choice
 from liegroup_attn.lightning import ByteCorpus, Digits, ImageClassifier, LanguageModel
 from liegroup_attn.lightning.data.text import read_splits
@@ -154,7 +154,7 @@ def _text(setting: dict[str, Any], seed: int, corpus: str, path: str | None) -> 
         )
     tests = {length: _windows(text["test"][: total + 1], length, longest) for length in setting["lengths"]}
     held = text["validation"][: total + 1]
-    read = torch.frombuffer(bytearray(text["train"]), dtype=torch.uint8).long()
+    read = as_numbers(text["train"])
     counted = {"counts of pairs of bytes": nn.Embedding.from_pretrained(log_frequencies(read[:-1], read[1:]))}
     return Data(list(source.train_dataloader()), _windows(held, context, context), tests, counted, source.facts())
 
@@ -162,7 +162,7 @@ def _text(setting: dict[str, Any], seed: int, corpus: str, path: str | None) -> 
 def _windows(text: bytes, length: int, longest: int) -> list[Batch]:
     """Windows of a stretch of text, and which of them end where one of the longest would."""
     count = (len(text) - 1) // length
-    numbers = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    numbers = as_numbers(text)
     tokens, targets = (numbers[shift : shift + count * length].view(count, length) for shift in (0, 1))
     ends = (torch.arange(1, count + 1) * length) % longest == 0
     size = max(1, 2048 // length)

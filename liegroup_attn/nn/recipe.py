@@ -210,12 +210,7 @@ def _named(where: str, recipe: Mapping[str, Any], base: type) -> Any:
     known = {}
     for own in positional.__all__:
         kind = getattr(positional, own)
-        folded = own == "FoldedRotary"  # it is made from another
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, base)
-            and not (kind is base or inspect.isabstract(kind) or folded)
-        ):
+        if _complete(kind, base) and own != "FoldedRotary":  # which is made from another
             known[own] = kind
     if name is None:
         raise ValueError(f"{where}: expected the key 'module', got {sorted(recipe)}; name a class, {sorted(known)}")
@@ -231,6 +226,12 @@ def _named(where: str, recipe: Mapping[str, Any], base: type) -> Any:
     return known[name]
 
 
+def _complete(kind: object, base: type) -> bool:
+    """Whether it is a class derived from the base that can be built."""
+    derived = isinstance(kind, type) and issubclass(kind, base) and kind is not base
+    return derived and not inspect.isabstract(kind)
+
+
 def _at_path(where: str, path: str, base: type) -> Any:
     package, _, name = path.rpartition(".")
     try:
@@ -240,7 +241,7 @@ def _at_path(where: str, path: str, base: type) -> Any:
             f"{where}.module: expected the path of a class, package.module.Class, got {path!r} ({error}); is it installed, or "
             "on PYTHONPATH?"
         ) from error
-    if not (isinstance(kind, type) and issubclass(kind, base)) or inspect.isabstract(kind) or kind is base:
+    if not _complete(kind, base):
         raise TypeError(
             f"{where}.module: expected a class derived from {base.__name__} and complete, got {path}, {kind!r}"
         )
