@@ -67,17 +67,17 @@ def main(argv: list[str] | None = None) -> None:
         "--max-steps", type=int, default=None, help="stop earlier than the budget says, to try things out"
     )
     args = parser.parse_args(argv)
-    trainer = tuple(
-        (key, str(value))
+    settings = tuple(
+        (f"trainer.{key}", str(value))
         for key in ("accelerator", "devices", "precision", "strategy", "max_steps")
         if (value := getattr(args, key)) is not None
     )
     if args.max_steps is not None:  # Lightning validates every so many steps, and at no other time
-        trainer += (("val_check_interval", str(max(1, args.max_steps // 2))),)
+        settings += (("trainer.val_check_interval", str(max(1, args.max_steps // 2))),)
     # Other settings, another folder: they would overwrite each other's results.
     output = args.output or Path("runs") / "-".join([args.budget, *(value for _, value in trainer)])
     runs = [
-        Run(experiment, variant, args.budget, seed, trainer)
+        Run(experiment, variant, args.budget, seed, settings)
         for seed in args.seeds or BUDGETS[args.budget]
         for experiment in args.experiments
         for variant in variants_of(experiment)
@@ -157,8 +157,8 @@ def _start(run: Run, output: Path, work: Path, threads: int, progress: Progress)
     command = [sys.executable, "-m", _RUN, "--experiment", run.experiment, "--variant", run.variant]
     command += ["--budget", run.budget, "--seed", str(run.seed), "--threads", str(threads)]
     command += ["--output", str(output), "--work", str(work)]
-    for key, value in run.trainer:
-        command += ["--trainer", key, value]
+    for key, value in run.settings:
+        command += ["--set", key, value]
     log = (folder / "log.txt").open("wb")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     # A session of its own: Ctrl-C reaches this process alone, which then stops the others.

@@ -18,6 +18,8 @@ MAIN = ("reachability", "language")  # what compare trains unless told
 EXPERIMENTS = (*MAIN, "digits")
 BUDGETS = {"quick": (0,), "full": (0, 1, 2)}  # seeds by default
 
+_STEPS = ("max_steps", "val_check_interval")
+
 # In the order of tables and legends.
 TITLES = {
     "softmax": "softmax",
@@ -51,13 +53,13 @@ def variants_of(experiment: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: experiment × variant × budget × seed, with the trainer options given on the command line."""
+    """One training run: experiment × variant × budget × seed, with what was set on the command line, by dotted keys."""
 
     experiment: str
     variant: str
     budget: str
     seed: int
-    trainer: tuple[tuple[str, str], ...] = field(default=())
+    settings: tuple[tuple[str, str], ...] = field(default=())
 
     @property
     def name(self) -> str:
@@ -66,12 +68,14 @@ class Run:
 
     @property
     def files(self) -> list[Path]:
-        """Base, budget and overlay, later ones override."""
+        """Base, budget, overlay and what this budget tuned for the variant, if it did; later ones override."""
         folder = ROOT / self.experiment
+        tuned = folder / "budgets" / self.budget / f"{self.variant}.yaml"
         return [
             folder / "base.yaml",
             folder / "budgets" / f"{self.budget}.yaml",
             folder / "variants" / f"{self.variant}.yaml",
+            *([tuned] if tuned.exists() else []),
         ]
 
     def config(self) -> dict[str, Any]:
@@ -79,7 +83,11 @@ class Run:
         merged: dict[str, Any] = {}
         for path in self.files:
             _merge(merged, yaml.safe_load(path.read_text()))
-        _merge(merged, {"trainer": {key: yaml.safe_load(value) for key, value in self.trainer}})
+        for key, value in self.settings:
+            nested = yaml.safe_load(value)
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            _merge(merged, nested)
         return merged
 
     def config_hash(self) -> str:
@@ -90,7 +98,7 @@ class Run:
         """The run as arguments of LightningCLI."""
         found = [part for path in self.files for part in ("--config", str(path))]
         found += ["--seed_everything", str(self.seed), "--data.init_args.seed", str(self.seed)]
-        return found + [part for key, value in self.trainer for part in (f"--trainer.{key}", value)]
+        return found + [part for key, value in self.settings for part in (f"--{key}", value)]
 
     def result_path(self, output: Path) -> Path:
         """Where its JSON lies when it is finished."""
@@ -111,7 +119,7 @@ def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]
 
     Raises:
         ValueError: runs of one variant come from different configurations, or variants from different budgets,
-            trainers or data.
+            trainers (but for the steps, which a budget may tune) or data.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     settings: set[str] = set()
@@ -126,7 +134,8 @@ def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]
         if runs:
             found[variant] = runs
         for run in runs:
-            parts = [run["budget"], run["config"]["trainer"], run["config"]["data"], (run["data"] or {}).get("sha256")]
+            trainer = {key: value for key, value in run["config"]["trainer"].items() if key not in _STEPS}
+            parts = [run["budget"], trainer, run["config"]["data"], (run["data"] or {}).get("sha256")]
             settings.add(json.dumps(parts, sort_keys=True))
     if len(settings) > 1:
         raise ValueError(

@@ -116,16 +116,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--trainer", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
     args = parser.parse_args(argv)
-    run = Run(args.experiment, args.variant, args.budget, args.seed, tuple(map(tuple, args.trainer)))
+    run = Run(args.experiment, args.variant, args.budget, args.seed, tuple(map(tuple, args.set)))
     result = train(run, args.work, args.threads)
     if result is not None:
         write_json(run.result_path(args.output), result)
 
 
-def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
-    """Train and test a run.
+def train(run: Run, work: Path, threads: int, test: bool = True) -> dict[str, Any] | None:
+    """Train a run and, unless it only tunes, test it.
 
     Returns:
         The result, or None on ranks other than 0.
@@ -164,7 +164,7 @@ def train(run: Run, work: Path, threads: int) -> dict[str, Any] | None:
     )
     last = folder / "last.ckpt"
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.exists() else None)
-    tests = _test(cli)
+    tests = _test(cli) if test else {}
     if not cli.trainer.is_global_zero:
         return None
     config = run.config()

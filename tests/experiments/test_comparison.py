@@ -40,7 +40,7 @@ def test_hash_names_the_configuration_and_not_the_seed():
     others = [
         Run("language", "softmax", "quick", 0),
         Run("language", "exp", "full", 0),
-        Run("language", "exp", "quick", 0, (("precision", "bf16-mixed"),)),
+        Run("language", "exp", "quick", 0, (("trainer.precision", "bf16-mixed"),)),
     ]
     assert len({run.config_hash(), *(other.config_hash() for other in others)}) == 4
 
@@ -267,7 +267,7 @@ def test_a_run_killed_half_way_ends_as_if_it_had_not_been(tmp_path):
             "--work",
             str(tmp_path / f"w{name}"),
         ]
-        return [*parts, "--trainer", "max_steps", "60", "--trainer", "val_check_interval", "20"]
+        return [*parts, "--set", "trainer.max_steps", "60", "--set", "trainer.val_check_interval", "20"]
 
     def result(name):
         return json.loads((tmp_path / name / "reachability" / "results" / "exp-seed0.json").read_text())
