@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_steps is not None:  # Lightning validates every so many steps, and at no other time
         settings += (("trainer.val_check_interval", str(max(1, args.max_steps // 2))),)
     # Other settings, another folder: they would overwrite each other's results.
-    output = args.output or Path("runs") / "-".join([args.budget, *(value for _, value in trainer)])
+    output = args.output or Path("runs") / "-".join([args.budget, *(value for _, value in settings)])
     runs = [
         Run(experiment, variant, args.budget, seed, settings)
         for seed in args.seeds or BUDGETS[args.budget]

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from experiments.jobs import finished, run_all
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         runs += [json.loads(path.read_text()) for path in paths]
     found = {
         "date": datetime.date.today().isoformat(),
-        "hardware": device_name(),
+        "hardware": device_name(torch.device("cpu")),
         "metric": METRIC,
         "chosen": {variant: _short(choose([run for run in runs if run["variant"] == variant])) for variant in variants},
         "runs": runs,
