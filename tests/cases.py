@@ -1,18 +1,19 @@
 """The tables that the axioms run over. A new clock, method, mask or rate function is one row here.
 
-``combinations`` yields the rows that go together, ``problem`` makes the inputs of one, ``golden`` is what must come
-out: SciPy and NumPy in float64, written from the definition and sharing nothing with the library.
+``combinations`` gives few of the rows that go together, in which every two values meet; ``problem`` makes the inputs of
+one; ``golden`` is what must come out: SciPy and NumPy in float64, written from the definition and sharing nothing with
+the library.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from covering import covering
 
 import liegroup_attn as la
 
@@ -111,8 +112,12 @@ MASKS: dict[str, Callable] = {
         _bias(h, n, dtype).masked_fill(~_bool(n, n).tril(), -torch.inf),
         False,
     ),
+    "float, empty row": lambda b, h, n, dtype: (
+        _bias(h, n, dtype).masked_fill(~_fully_masked_row(n), -torch.inf),
+        False,
+    ),
 }
-BIASES = ("float bias", "float causal")
+BIASES = ("float bias", "float causal", "float, empty row")
 
 
 def allowed_targets(n: int, attn_mask: torch.Tensor | None, is_causal: bool) -> np.ndarray:
@@ -194,16 +199,19 @@ def combinations(
     mask: Any = tuple(MASKS),
     rates: Any = tuple(RATE_FNS),
     per_row: bool = False,
-) -> Iterator[Any]:
-    """Valid combinations as pytest parameters; each argument narrows its column to the rows named.
+    strength: int = 2,
+) -> list[Any]:
+    """A covering table of the valid combinations; each argument narrows its column to the rows named.
 
-    With ``per_row`` those that take one time per query row.
+    With ``per_row`` of those that take one time per query row; with ``strength=3`` every triple of values occurs.
     """
-    for columns in itertools.product(clock, first_hop, method, mask, rates):
-        combination = Combination(*columns)
-        row = METHODS[combination.method]
-        if row.suits(combination) and (row.takes_rows(combination) or not per_row):
-            yield pytest.param(combination, id=str(combination))
+
+    def valid(c: Combination) -> bool:
+        row = METHODS[c.method]
+        return row.suits(c) and (row.takes_rows(c) or not per_row)
+
+    every = itertools.starmap(Combination, itertools.product(clock, first_hop, method, mask, rates))
+    return covering(filter(valid, every), strength, str)
 
 
 # --- one problem ----------------------------------------------------------------------------------------------

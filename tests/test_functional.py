@@ -32,11 +32,11 @@ import liegroup_attn as la
 
 JUMP_CHAIN = ("jump chain",)
 BOTH = ("jump chain", "softplus")  # without a matrix, with a matrix
-FULLY_MASKED = ("padding rows", "fully masked row", "all-masked item")
+FULLY_MASKED = ("padding rows", "fully masked row", "all-masked item", "float, empty row")
 
 
 def over(**narrow):
-    return pytest.mark.parametrize("c", list(combinations(**narrow)))
+    return pytest.mark.parametrize("c", combinations(**narrow))
 
 
 # --- value ----------------------------------------------------------------------------------------------------

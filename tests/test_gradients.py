@@ -66,10 +66,8 @@ def _small(c, time):
 
 @pytest.mark.parametrize(
     "c",
-    list(
-        combinations(
-            method=METHODS, mask=("none", "causal", "key padding", "fully masked row", *BIASES), rates=("jump chain",)
-        )
+    combinations(
+        method=METHODS, mask=("none", "causal", "key padding", "fully masked row", *BIASES), rates=("jump chain",)
     ),
 )
 def test_gradcheck(c):
@@ -78,13 +76,13 @@ def test_gradcheck(c):
 
 @pytest.mark.parametrize(
     "c",
-    list(combinations(first_hop=(True,), method=METHODS, mask=("causal", "float bias"), rates=list(RATE_FNS)[1:])),
+    combinations(first_hop=(True,), method=METHODS, mask=("causal", "float bias"), rates=list(RATE_FNS)[1:]),
 )
 def test_gradcheck_of_rate_functions(c):
     _check(_small(c, [[0.5], [1.1]]))
 
 
-@pytest.mark.parametrize("c", list(combinations(method=METHODS, mask=("causal",), rates=("jump chain",), per_row=True)))
+@pytest.mark.parametrize("c", combinations(method=METHODS, mask=("causal",), rates=("jump chain",), per_row=True))
 def test_gradcheck_of_one_time_per_row(c):
     _check(_small(c, [[0.4, 0.7, 1.9], [0.3, 1.0, 2.2]]))
 
@@ -95,7 +93,7 @@ def _tiny(c):
     return p
 
 
-SECOND = list(combinations(method=METHODS, mask=("causal",), rates=("jump chain",)))
+SECOND = combinations(method=METHODS, mask=("causal",), rates=("jump chain",))
 
 
 @pytest.mark.parametrize("c", SECOND)
@@ -117,7 +115,7 @@ def test_second_derivatives_are_right_or_refused(c):
 
 
 @pytest.mark.parametrize(
-    "c", list(combinations(mask=("none", "causal", "fully masked row"), rates=("jump chain", "softplus")))
+    "c", combinations(mask=("none", "causal", "fully masked row"), rates=("jump chain", "softplus"))
 )
 @pytest.mark.parametrize("shape", [(), (2, 1)])
 def test_gradient_of_time_at_exactly_zero(c, shape):
@@ -137,7 +135,7 @@ def test_gradient_of_time_at_exactly_zero(c, shape):
     np.testing.assert_allclose(gradient, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("c", list(combinations(mask=("causal",), rates=("jump chain",))))
+@pytest.mark.parametrize("c", combinations(mask=("causal",), rates=("jump chain",)))
 def test_gradient_of_a_head_at_zero_among_running_heads(c):
     p = problem(c, 5, time=torch.tensor([[0.0], [1.0]], dtype=torch.float64).requires_grad_())
     (gradient,) = torch.autograd.grad(p.solve().sum(-1)[:, 0].sum(), p.knobs["time"])
@@ -147,7 +145,7 @@ def test_gradient_of_a_head_at_zero_among_running_heads(c):
     np.testing.assert_allclose(gradient, [[slope[:, 0].sum()], [0.0]], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("c", list(combinations(mask=("none", "causal", "key padding"), rates=("jump chain",))))
+@pytest.mark.parametrize("c", combinations(mask=("none", "causal", "key padding"), rates=("jump chain",)))
 def test_gradients_at_zero_time_are_those_without_hops(c):
     """q and k get the gradient of S alone (or none), and it is finite."""
     p = problem(c, 5, time=torch.zeros((), dtype=torch.float64))
@@ -164,9 +162,7 @@ def test_gradients_at_zero_time_are_those_without_hops(c):
     assert c.first_hop == bool(ours[0].any())
 
 
-@pytest.mark.parametrize(
-    "c", list(combinations(mask=("none", "causal", "float bias"), rates=("jump chain", "softplus")))
-)
+@pytest.mark.parametrize("c", combinations(mask=("none", "causal", "float bias"), rates=("jump chain", "softplus")))
 def test_float32_gradients_are_as_exact_as_plain_torchs(c):
     p = problem(c, 12, time=torch.tensor([[0.7], [2.5]], dtype=torch.float64))
     weight = torch.randn_like(p.value)

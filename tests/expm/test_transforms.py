@@ -17,7 +17,7 @@ EXP = la.ExponentialClock()
 
 def _cases(**columns):
     kept = {"mask": ("causal",), "rates": ("jump chain",), "method": OWN} | columns
-    return pytest.mark.parametrize("c", list(combinations(**kept)))
+    return pytest.mark.parametrize("c", combinations(**kept))
 
 
 def _call(c, n=7, **knobs):
