@@ -29,15 +29,22 @@ def cover(rows: Sequence[tuple], strength: int = 2) -> list[int]:
 
 
 def covering(rows: Iterable[tuple], strength: int = 2, name: Callable[[Any], str] | None = None) -> list[Any]:
-    """As pytest parameters; ``name`` makes a row one argument with this id."""
+    """A covering table as pytest parameters; ``name`` makes a row one argument with this id."""
     rows = list(rows)
-    chosen = set(cover(rows, strength))
+    chosen = {rows[i] for i in cover(rows, strength)}
+    return parameters(rows, chosen.__contains__, name)
+
+
+def parameters(
+    rows: Iterable[tuple], kept: Callable[[Any], bool], name: Callable[[Any], str] | None = None
+) -> list[Any]:
+    """The rows kept, and where the run asks for them the others, marked."""
     return [
         pytest.param(
             *([row] if name else row),
             id=name(row) if name else "-".join(map(str, row)),
-            marks=() if i in chosen else pytest.mark.full,
+            marks=() if kept(row) else pytest.mark.full,
         )
-        for i, row in enumerate(rows)
-        if full or i in chosen
+        for row in rows
+        if full or kept(row)
     ]

@@ -1,9 +1,12 @@
 """Fast paths under torch.func, torch.compile, autocast, deterministic mode, and on inputs that break others."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from cases import METHODS, Combination, assert_stochastic, combinations, library_knobs, problem
+from covering import covering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +19,7 @@ EXP = la.ExponentialClock()
 
 
 def _cases(**columns):
+    """With ``strength=1``, for what takes seconds a case, each value occurs once at least."""
     kept = {"mask": ("causal",), "rates": ("jump chain",), "method": OWN} | columns
     return pytest.mark.parametrize("c", combinations(**kept))
 
@@ -87,7 +91,7 @@ def test_hessian_is_symmetric(c):
     assert square.abs().sum() > 0
 
 
-@_cases(method=("sweep", "formed hops", "default"), first_hop=(True,))
+@_cases(method=("sweep", "formed hops", "default"), first_hop=(True,), strength=1)
 def test_compiles_into_one_graph(c):
     """With the time a number, K is known: no look at any value, in forward and backward."""
     torch._dynamo.reset()
@@ -109,13 +113,19 @@ def test_compiles_into_one_graph(c):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("options", [{}, {"clock": EXP, "first_hop": True}, {"clock": la.ErlangClock(2)}], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
+LAYERS = {
+    "fixed": {},
+    "first hop, exponential": {"clock": EXP, "first_hop": True},
+    "erlang": {"clock": la.ErlangClock(2)},
+}
+
+
+@pytest.mark.parametrize(("options", "causal"), covering(itertools.product(LAYERS, (False, True)), strength=1))
 def test_a_layer_compiles_into_one_graph(options, causal):
     from liegroup_attn.nn import LieAttention
 
     torch._dynamo.reset()
-    layer, x = LieAttention(16, 2, is_causal=causal, **options), torch.randn(2, 9, 16)
+    layer, x = LieAttention(16, 2, is_causal=causal, **LAYERS[options]), torch.randn(2, 9, 16)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
@@ -135,7 +145,7 @@ def test_autocast_computes_in_float32(c, dtype):
         np.testing.assert_allclose(found, expected, atol=1e-5)  # torch's kernels follow autocast in their jumps
 
 
-@_cases(first_hop=(True,))
+@_cases(first_hop=(True,), strength=1)
 def test_fifty_backwards_are_bitwise_equal(c):
     p = problem(c, 33, torch.float32)
     leaves = [x.requires_grad_() for x in (p.query, p.key, p.value)]
