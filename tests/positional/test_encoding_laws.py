@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from covering import covering
 from positional_cases import CASES, C, D, H, N
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,11 +16,24 @@ from liegroup_attn.errors import ShapeError
 from liegroup_attn.nn import LieAttention, RelativeRates, SoftmaxAttention, Transformer, build_encoding
 from liegroup_attn.positional import AbsoluteEncoding, BiasEncoding, RotationEncoding
 
-ROTATIONS = {name: case for name, case in CASES.items() if isinstance(case.build(), RotationEncoding)}
-BIASES = {name: case for name, case in CASES.items() if isinstance(case.build(), BiasEncoding)}
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-rotations = pytest.mark.parametrize("case", ROTATIONS.values(), ids=ROTATIONS.keys())
-biases = pytest.mark.parametrize("case", BIASES.values(), ids=BIASES.keys())
+ENCODINGS = {name: case.build() for name, case in CASES.items()}
+
+
+def contextual(encoding) -> bool:
+    """What came before is part of what a bias says."""
+    return isinstance(encoding, BiasEncoding) and encoding.contextual
+
+
+def over(applies):
+    """Run a law over the encodings that it says something about."""
+    names = [name for name, encoding in ENCODINGS.items() if applies(encoding)]
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+
+
+every = over(lambda encoding: True)
+rotations = over(lambda encoding: isinstance(encoding, RotationEncoding))
+biases = over(lambda encoding: isinstance(encoding, BiasEncoding))
+scored = over(lambda encoding: not isinstance(encoding, AbsoluteEncoding))  # the others act before the first layer
 
 
 def built(case):
@@ -97,11 +112,9 @@ def test_the_matrix_is_what_acts(case):
 
 
 @pytest.mark.parametrize("shift", [1, 37, 1000])
-@every
+@scored
 def test_scores_are_shift_invariant_where_the_relative_law_is_claimed(case, shift):
     encoding = built(case)
-    if isinstance(encoding, AbsoluteEncoding):
-        pytest.skip("absolute positions are added to tokens, not to scores")
     start, moved = places(encoding), places(encoding) + shift
     if isinstance(encoding, RotationEncoding):
         scores = [q @ k.mT for q, k in (applied(encoding, at) for at in (start, moved))]
@@ -111,16 +124,11 @@ def test_scores_are_shift_invariant_where_the_relative_law_is_claimed(case, shif
     assert difference <= 1e-9 if case.relative else difference > 1e-6
 
 
-@every
+@over(lambda encoding: not contextual(encoding))
 def test_an_offset_is_a_slice_of_a_longer_run(case):
     encoding = built(case)
     whole, part = applied(encoding, places(encoding)), applied(encoding, places(encoding)[4:9], slice(4, 9))
-    if isinstance(encoding, BiasEncoding):
-        if encoding.contextual:
-            pytest.skip("what came before is part of the context")
-        whole = whole[..., 4:9, 4:9]
-    else:
-        whole = whole[..., 4:9, :]
+    whole = whole[..., 4:9, 4:9] if isinstance(encoding, BiasEncoding) else whole[..., 4:9, :]
     torch.testing.assert_close(part, whole, atol=1e-12, rtol=0)
 
 
@@ -207,12 +215,10 @@ def test_tf32_keeps_positions_apart(case):
 
 
 @pytest.mark.parametrize("kind", [SoftmaxAttention, LieAttention])
-@every
+@over(lambda encoding: list(encoding.parameters()))
 def test_every_parameter_gets_a_gradient(case, kind):
     """From the start, and through a layer: what a softmax does not see is no parameter."""
     encoding = case.build()
-    if not list(encoding.parameters()):
-        pytest.skip("no parameters")
     x = vectors(2, N, C).float()
     if isinstance(encoding, AbsoluteEncoding):
         got = encoding(x, places(encoding))
@@ -256,11 +262,9 @@ MIXINGS = {
 
 
 @pytest.mark.parametrize(("kind", "options"), MIXINGS.values(), ids=MIXINGS.keys())
-@every
+@scored
 def test_any_encoding_goes_under_any_mixing(case, kind, options):
     encoding = case.build()
-    if isinstance(encoding, AbsoluteEncoding):
-        pytest.skip("acts before the first layer")
     layer = kind(C, H, is_causal=True, encoding=encoding, **options)
     x, at = vectors(2, N, C).float(), places(encoding)
     matrix = layer.mixing_matrix(x, positions=at)
@@ -281,15 +285,17 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("kind", "options"), (MIXINGS | ADDED).values(), ids=(MIXINGS | ADDED).keys())
-@every
-def test_padding_beside_a_causal_mask_says_nothing(case, kind, options, side):
-    encoding = case.build()
-    if isinstance(encoding, AbsoluteEncoding):
-        pytest.skip("acts before the first layer")
-    if "bias_as" in options and not isinstance(encoding, BiasEncoding):
-        pytest.skip("has no bias")
+PADDED = [
+    (name, mixing, side)
+    for name, mixing, side in itertools.product(ENCODINGS, MIXINGS | ADDED, ("left", "right"))
+    if isinstance(ENCODINGS[name], BiasEncoding)
+    or (isinstance(ENCODINGS[name], RotationEncoding) and mixing != "as rates")
+]
+
+
+@pytest.mark.parametrize(("name", "mixing", "side"), covering(PADDED))
+def test_padding_beside_a_causal_mask_says_nothing(name, mixing, side):
+    encoding, (kind, options) = CASES[name].build(), (MIXINGS | ADDED)[mixing]
     torch.manual_seed(2)
     options = {name: value() if name == "plus" else value for name, value in options.items()}
     layer = kind(C, H, is_causal=True, encoding=encoding, **options).double()
@@ -329,15 +335,12 @@ def test_a_recipe_says_it(case):
         assert theirs.shape == ours.shape
 
 
-@every
+@over(lambda encoding: encoding.axes == 1 and not contextual(encoding))  # positions that a cache can count
 @torch.no_grad()
 def test_a_transformer_decodes_as_it_reads(case):
-    encoding = case.build()
     recipe = {"module": "LieAttention", "first_hop": True}
     model = Transformer(C, 2, H, recipe, is_causal=True, encoding=case.recipe).double()
     x = vectors(1, 6, C)
-    if encoding.axes > 1 or not model.can_cache:
-        pytest.skip("positions that a cache cannot count")
     whole = model(x)
     cache = model.new_cache(1, 6)
     parts = [model(x[:, :4], cache=cache), model(x[:, 4:5], cache=cache), model(x[:, 5:], cache=cache)]
