@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
-STEPS, STOP = 500, 400  # of the whole run, and where the other one is resumed, in mid-epoch
+# Steps of the whole run, and where the other one is resumed: after an epoch of 64, in the middle of another.
+SHORT, LONG = (100, 80), (500, 400)
 NEAR = 1e-6
 
 
@@ -38,20 +39,22 @@ class Watch(L.Callback):
             self.looks += 1
 
 
-def fit(folder: Path, resume: Path | None = None, optimizer=None, **options) -> tuple[Places, L.Trainer]:
+def fit(
+    folder: Path, steps: int, stop: int, resume: Path | None = None, optimizer=None, **options
+) -> tuple[Places, L.Trainer]:
     model, watch = Places(optimizer), Watch()
-    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=STOP)
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=stop)
     L.seed_everything(0 if resume is None else 99, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=STEPS,
+        max_steps=steps,
         callbacks=[saver, ExactResume(), ManifoldGuard(), watch],
         logger=False,
         **QUIET,
         **options,
     )
     trainer.fit(model, ckpt_path=resume, weights_only=True)
-    assert watch.looks == (STEPS - (STOP if resume else 0)) / 10
+    assert watch.looks == (steps - (stop if resume else 0)) / 10
     assert watch.worst <= NEAR
     return model, trainer
 
@@ -66,16 +69,17 @@ PRECISIONS = {
 SGD = partial(RiemannianSGD, momentum=0.9)
 
 
+@pytest.mark.parametrize("length", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids="{0[0]} steps".format)
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
     [("32-true", None), ("bf16-mixed", None), ("bf16-true", None), ("bf16-true", SGD)],
     ids=["32-true", "bf16-mixed", "bf16-true", "bf16-true-sgd"],
 )
-def test_500_steps_and_a_resume_stay_on_the_manifolds(tmp_path, precision, optimizer):
+def test_a_training_and_a_resume_stay_on_the_manifolds(tmp_path, precision, optimizer, length):
     def options() -> dict:
         return {key: value() if callable(value) else value for key, value in PRECISIONS[precision].items()}
 
-    whole, trainer = fit(tmp_path / "whole", optimizer=optimizer, **options())
+    whole, trainer = fit(tmp_path / "whole", *length, optimizer=optimizer, **options())
     start = Places().held()
     for name, point in whole.held().items():
         assert isinstance(point, ManifoldParameter)
@@ -85,7 +89,7 @@ def test_500_steps_and_a_resume_stay_on_the_manifolds(tmp_path, precision, optim
         assert all(v.dtype == torch.float32 for v in trainer.optimizers[0].state[point].values() if torch.is_tensor(v))
     assert whole.net[0].weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
 
-    resumed, _ = fit(tmp_path / "rest", tmp_path / "whole" / f"step={STOP}.ckpt", optimizer, **options())
+    resumed, _ = fit(tmp_path / "rest", *length, tmp_path / "whole" / f"step={length[1]}.ckpt", optimizer, **options())
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
@@ -115,7 +119,7 @@ def alone(steps: int) -> Places:
 
 @pytest.mark.slow
 def test_two_processes_stay_equal_and_on_the_manifolds(tmp_path):
-    first, second = results("ddp", STEPS, tmp_path)
+    first, second = results("ddp", LONG[0], tmp_path)
     assert set(first["kinds"].values()) == {"ManifoldParameter"}
     for name, value in first["values"].items():
         assert torch.equal(second["values"][name], value), name
@@ -125,6 +129,7 @@ def test_two_processes_stay_equal_and_on_the_manifolds(tmp_path):
 STEPS_SHARDED = 40
 
 
+@pytest.mark.slow
 def test_a_sharded_training_is_that_of_one_process(tmp_path):
     """FSDP2 on Lightning's ModelParallelStrategy; the network is sharded, points are replicated."""
     first, second = results("fsdp2", STEPS_SHARDED, tmp_path)
