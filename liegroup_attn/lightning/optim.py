@@ -137,7 +137,7 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
     Raises:
         ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that geoopt would
             ignore; in a step, a sparse gradient.
-        DtypeError: in a step, a parameter on a manifold in half precision.
+        DtypeError: in a step, a parameter on a manifold in half precision, or a complex one.
 
     Source: [Becigneul2019]_, [Loshchilov2019]_, [Kochurov2020]_.
     """
@@ -177,6 +177,8 @@ class RiemannianAdamW(_Decoupled, geoopt.optim.RiemannianAdam):
         mean, square = state["exp_avg"], state["exp_avg_sq"]
         gradient = _gradient(manifold, point)
         flat = manifold if isinstance(manifold, FlatManifold) else None
+        if point.is_complex():  # as torch does: two real numbers, each with its own size
+            point, gradient, mean, square = map(torch.view_as_real, (point, gradient, mean, square))
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2)
         if flat and flat.by_entry:
@@ -212,7 +214,7 @@ class RiemannianSGD(_Decoupled, geoopt.optim.RiemannianSGD):
     Raises:
         ValueError: decay negative, or on a parameter that lives on a manifold; stabilize < 1; an option that would be
             ignored; in a step, a sparse gradient.
-        DtypeError: in a step, a parameter on a manifold in half precision.
+        DtypeError: in a step, a parameter on a manifold in half precision, or a complex one.
 
     Example:
         >>> x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0]), manifold=geoopt.Sphere())

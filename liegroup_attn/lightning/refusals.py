@@ -35,9 +35,15 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_step(parameter: Tensor, gradient: Tensor) -> None:
-    """Raise on points in half precision and on gradients that are not dense."""
-    if isinstance(parameter, ManifoldTensor) and is_narrow(parameter):
-        raise DtypeError(too_narrow("params", parameter))
+    """Raise on points that are complex or in half precision, and on gradients that are not dense."""
+    if isinstance(parameter, ManifoldTensor):
+        if parameter.is_complex():
+            raise DtypeError(
+                f"params: expected real points, got complex ones ({parameter.dtype}) on {parameter.manifold}; give them an "
+                "optimizer of geoopt.optim, which takes them"
+            )
+        if is_narrow(parameter):
+            raise DtypeError(too_narrow("params", parameter))
     if gradient.layout != torch.strided:
         raise ValueError(
             f"params: expected dense gradients, got one of layout {gradient.layout}; leave out sparse=True of the "
@@ -64,7 +70,7 @@ def refuse_compilation() -> None:
 
 def is_narrow(point: ManifoldTensor) -> bool:
     """Whether a point is in half precision, where decompositions do not run and points drift."""
-    return point.dtype not in (torch.float32, torch.float64)
+    return torch.finfo(point.dtype).bits < 32  # of a complex number, those of its real part
 
 
 def too_narrow(name: str, point: ManifoldTensor) -> str:

@@ -34,10 +34,10 @@ def skew(x: Tensor) -> Tensor:
 class SpecialOrthogonal(geoopt.Manifold):
     """Rotations R, RᵀR = I and det R = 1, with tangent vectors RA, A skew-symmetric, and the metric tr(uᵀv).
 
-    The metric is the same from both sides, so geodesics are R exp(sA). The retraction is Cayley's,
-    R (I − A/2)⁻¹(I + A/2); transport is parallel along the geodesic, R H (Rᵀv) H with H the half of the rotation Rᵀy.
-    ``logmap`` and ``dist`` end where Rᵀy turns a plane by π and raise there. ``projx`` and ``transp`` go by singular
-    values, which repeat: they cannot be differentiated by the points.
+    The metric is the same from both sides, so geodesics are R exp(sA); the retraction follows them. Transport is parallel,
+    R H (Rᵀv) H with H the half of the rotation: exp(A/2) along a step, of any length, and the root of Rᵀy from point to
+    point. ``logmap`` and ``dist`` end where Rᵀy turns a plane by π and raise there. ``projx`` and ``transp`` go by
+    singular values, which repeat: they cannot be differentiated by the points.
 
     Args:
         n: size of the rotations, ≥ 1.
@@ -85,13 +85,26 @@ class SpecialOrthogonal(geoopt.Manifold):
         return product.expand(torch.broadcast_shapes(product.shape, x.shape[:-2] + (1, 1) * keepdim))
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
-        return x @ expm(skew(x.mT @ u))
+        return x @ _turn(skew(x.mT @ u)).to(x)
 
-    def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Cayley's R (I − A/2)⁻¹(I + A/2)."""
-        half = skew(x.mT @ u) / 2
-        eye = torch.eye(self.n, dtype=x.dtype, device=x.device)
-        return x @ torch.linalg.solve(eye - half, eye + half)
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:  # noqa: D102
+        return self.expmap(x, u)
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The geodesic's end, and v carried along all of it, also beyond a turn by π."""
+        half = _turn(skew(x.mT @ u) / 2)
+        there = x @ (half @ half).to(x)
+        half = half.to(x)
+        return there, x @ half @ skew(x.mT @ v) @ half
+
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.expmap_transp(x, u, v)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:  # noqa: D102
+        return self.expmap_transp(x, u, v)[1]
+
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:  # noqa: D102
+        return self.expmap_transp(x, u, v)[1]
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         return x @ skew(logm(x.mT @ y))
@@ -103,7 +116,7 @@ class SpecialOrthogonal(geoopt.Manifold):
         return skew(logm(x.mT @ y)).square().sum((-2, -1), keepdim=keepdim)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        """Parallel along the geodesic; isometric."""
+        """Parallel along the shortest geodesic; isometric."""
         eye = torch.eye(self.n, dtype=x.dtype, device=x.device)
         U, _, Vh = torch.linalg.svd(eye + x.mT @ y)  # its orthogonal part is the root of Rᵀy
         half = U @ Vh
@@ -150,3 +163,8 @@ class SpecialOrthogonal(geoopt.Manifold):
         A = x.detach().to(torch.float64).mT @ u.detach().to(torch.float64)
         size = A.abs().amax((-2, -1), keepdim=True)
         return finding(not_finite(A) or beyond("Rᵀu must be skew-symmetric", A + A.mT, atol + rtol * size))
+
+
+def _turn(A: Tensor) -> Tensor:
+    """exp(A) in float64: in float32 its own rounding would be most of what points drift by."""
+    return expm(A.to(torch.float64))

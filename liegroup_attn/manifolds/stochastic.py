@@ -18,7 +18,8 @@ class StochasticMatrices(geoopt.Manifold):
     z = √p maps every row to the part of the sphere with positive coordinates; the metric is 4 times the sphere's.
     Geodesics, logarithm, distance and parallel transport are the sphere's great circles, exactly. A great circle
     leaves the positive part: ``expmap`` folds it back by p = z², as light at a mirror, and is undone by ``logmap``
-    only before. The retraction p ∘ e^{u/p}, normalized, never leaves.
+    only before. The retraction p ∘ e^{u/p}, normalized, never leaves; it is a straight line in the log-probabilities, and
+    what is carried along it keeps v/p up to a constant of the row.
 
     Example:
         >>> m = StochasticMatrices()
@@ -32,7 +33,7 @@ class StochasticMatrices(geoopt.Manifold):
     """
 
     ndim = 2
-    reversible = False
+    reversible = True
     name = "StochasticMatrices"
     __scaling__ = geoopt.Manifold.__scaling__.copy()
 
@@ -66,6 +67,14 @@ class StochasticMatrices(geoopt.Manifold):
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """p ∘ e^{u/p}, normalized."""
         return self.projx((x.log() + u / x).softmax(-1))
+
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative of the retraction by u, applied to v."""
+        y = self.retr(x, u)
+        return y, self.egrad2rgrad(y, v / x)
+
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:  # noqa: D102
+        return self.retr_transp(x, u, v)[1]
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
         z, end = x.sqrt(), y.sqrt()

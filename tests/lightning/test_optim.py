@@ -18,6 +18,7 @@ from torch import nn
 
 from liegroup_attn.errors import DtypeError
 from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
+from liegroup_attn.lightning.guard import checked
 from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, OpenInterval, RateMatrices, hold
 from liegroup_attn.nn import LieAttention, Transformer
 
@@ -53,6 +54,42 @@ def test_on_free_parameters_it_is_adamw(decay, betas, rate):
         train(theirs, two, range(step, step + 1))
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (RiemannianAdamW, partial(torch.optim.AdamW, weight_decay=0.0)),
+        (partial(RiemannianAdamW, decay=0.1), partial(torch.optim.AdamW, weight_decay=0.1)),
+        (RiemannianSGD, torch.optim.SGD),
+        (partial(RiemannianSGD, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),
+    ],
+)
+def test_free_complex_parameters_too(ours, theirs):
+    start = torch.randn(3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    one, two = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    for parameter, optimizer in ((one, ours([one], lr=0.1)), (two, theirs([two], lr=0.1))):
+        for _ in range(5):
+            optimizer.zero_grad()
+            (parameter - 1j).abs().square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("manifold", [geoopt.manifolds.UpperHalf, geoopt.manifolds.BoundedDomain])
+@pytest.mark.parametrize("new", [RiemannianAdamW, RiemannianSGD])
+def test_complex_points_are_refused_for_what_they_are(manifold, new):
+    point = ManifoldParameter(manifold(rank=2).random(2, 2), manifold=manifold(rank=2))
+    before = point.detach().clone()
+    point.abs().square().sum().backward()
+    with pytest.raises(
+        DtypeError, match=r"params: expected real points, got complex ones .*; give them an optimizer of geoopt"
+    ):
+        new([point], lr=0.1).step()
+    assert torch.equal(point, before)
+    theirs = geoopt.optim.RiemannianAdam([point], lr=1e-3)  # the remedy, under a guard as well
+    theirs.step()
+    assert list(checked(nn.ParameterDict({"point": point}), [theirs])) == ["point"]
 
 
 def test_decay_is_not_geoopts_penalty():
