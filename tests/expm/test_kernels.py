@@ -29,14 +29,17 @@ def _python(*arguments, **environment):
 
 
 @triton
-def test_kernel_checks():
+@pytest.mark.parametrize("chosen", ["resolvents-random-17", pytest.param("", id="all", marks=pytest.mark.slow)])
+def test_kernel_checks(chosen):
+    """Triton's interpreter takes a minute over all; every run looks at one."""
     how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    run = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/expm/kernel_checks.py", **how)
+    run = _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/expm/kernel_checks.py", "-k", chosen, **how)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
 
 @triton
+@pytest.mark.slow
 @pytest.mark.parametrize("implicit", [False, True])
 def test_kernels_compile(implicit, tmp_path):
     """Down to machine code, without a GPU: the interpreter lets pass what the compiler does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from covering import covering
 
 from liegroup_attn.lightning import LanguageModel
 from liegroup_attn.lightning.cli import main
@@ -114,15 +116,16 @@ def test_the_config_kept_by_a_run_runs_it_again(run, checkpoint):
     assert "test/loss" in out
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [
-        "{module: SoftmaxAttention}",
-        "{module: LieAttention, time: 2.0, first_hop: true}",
-        "{module: LieAttention, time: 0.1}",
-    ],
+OTHERS = (
+    "{module: SoftmaxAttention}",
+    "{module: LieAttention, time: 2.0, first_hop: true}",
+    "{module: LieAttention, time: 0.1}",
 )
-@pytest.mark.parametrize("word", ["test", "validate", "fit"])
+
+
+@pytest.mark.parametrize(
+    ("word", "attention"), covering(itertools.product(("test", "validate", "fit"), OTHERS), strength=1)
+)
 def test_the_config_says_what_is_run_and_not_the_checkpoint(run, checkpoint, word, attention):
     """Lightning's own CLI would silently run the checkpoint's variant under the config's name."""
     status, _, err = run(word, "--ckpt_path", str(checkpoint), "--model.init_args.attention", attention)
