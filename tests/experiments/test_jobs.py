@@ -8,7 +8,6 @@ import os
 import signal
 import time
 
-import lightning as L
 import pytest
 import torch
 from rich.console import Console
@@ -47,6 +46,7 @@ def killed(number: int) -> dict[str, int]:
 
 def fitted(number: int) -> dict[str, int]:
     """Ctrl-C within Lightning's trainer, which makes a SystemExit of it."""
+    import lightning as L  # here: every process that a test starts imports this file, and Lightning takes seconds
 
     class Stopped(L.LightningModule):
         def training_step(self, batch, batch_idx):
