@@ -12,13 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from experiments.draw import draw
-from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, variants_of
+from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, read_json, variants_of
 
 _RUN = "experiments.run"
 
@@ -191,7 +191,7 @@ def _last_line(log: Path) -> str:
 
 
 def _summary(path: Path) -> str:
-    result: dict[str, Any] = json.loads(path.read_text())
+    result = read_json(path, "test", "seconds")
     metrics = next(iter(result["test"].values()))
     shown = [
         f"{k} {v:.4g}" for k, v in metrics.items() if k in ("test/bits_per_byte", "test/accuracy", "deeper/accuracy")

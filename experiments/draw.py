@@ -16,7 +16,7 @@ from experiments.fine_tune import report as fine_tune
 from experiments.position_study import report as position_study
 from experiments.positions import report as positions
 from experiments.rate_recovery import report as rate_recovery
-from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
+from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results, write_figure, write_text
 from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
 from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matrices
 
@@ -61,12 +61,11 @@ def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
             continue
         folder = output / experiment
         table = folder / "table.md"
-        table.write_text(render_table(experiment, results))
+        write_text(table, render_table(experiment, results))
         written.append(table)
-        (folder / "figures").mkdir(exist_ok=True)
         for name, figure in _figures(experiment, results).items():
             path = folder / "figures" / f"{name}.png"
-            figure.savefig(path, dpi=160, bbox_inches="tight")
+            write_figure(path, figure)
             written.append(path)
     if output.resolve() == ROOT.resolve():
         written += [path for path in readmes() if path.exists() and fill_tables(path, output)]

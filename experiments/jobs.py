@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import signal
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.results import write_json
+from experiments.results import read_json, write_json
 
 __all__ = ["finished", "run_all"]
 
@@ -34,11 +33,11 @@ def finished(path: Path, wanted: Mapping[str, Any]) -> bool:
         wanted: what it must hold, such as the setting that this command has.
 
     Raises:
-        ValueError: it is there and holds something else.
+        ValueError: it is there and damaged, or holds something else.
     """
     if not path.exists():
         return False
-    stored = json.loads(path.read_text())
+    stored = read_json(path)
     if different := sorted(_differences(stored, wanted)):
         raise ValueError(
             f"output: expected results with this command's setting, got {path} with another ({', '.join(different)}); delete it, "

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
-__all__ = ["BUDGETS", "EXPERIMENTS", "MAIN", "ROOT", "TITLES", "Run", "load_results", "variants_of", "write_json"]
+from liegroup_attn.lightning.files import draft, unusable
+
+__all__ = [
+    "BUDGETS",
+    "EXPERIMENTS",
+    "MAIN",
+    "ROOT",
+    "TITLES",
+    "Run",
+    "load_results",
+    "read_json",
+    "read_runs",
+    "variants_of",
+    "write_figure",
+    "write_json",
+    "write_text",
+]
 
 ROOT = Path(__file__).parent
 MAIN = ("reachability", "language")  # what compare trains unless told
 EXPERIMENTS = (*MAIN, "digits")
 BUDGETS = {"quick": (0,), "full": (0, 1, 2)}  # seeds by default
 
+_PARTS = ("seed", "config_hash", "config", "budget", "data", "test", "curve")  # of a result, that tables need
 _STEPS = ("max_steps", "val_check_interval")
 
 # In the order of tables and legends.
@@ -111,21 +128,21 @@ class Run:
     def finished(self, output: Path) -> bool:
         """Whether a result of exactly this configuration is there."""
         path = self.result_path(output)
-        return path.exists() and json.loads(path.read_text())["config_hash"] == self.config_hash()
+        return path.exists() and read_json(path, "config_hash")["config_hash"] == self.config_hash()
 
 
 def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]]]:
     """Every result of an experiment: variant → its runs by seed, variants in the order of TITLES.
 
     Raises:
-        ValueError: runs of one variant come from different configurations, or variants from different budgets,
+        ValueError: a damaged file; runs of one variant come from different configurations, or variants from different budgets,
             trainers (but for the steps, which a budget may tune) or data.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     settings: set[str] = set()
     for variant in variants_of(experiment):
         paths = sorted((output / experiment / "results").glob(f"{variant}-seed*.json"))
-        runs = sorted((json.loads(p.read_text()) for p in paths), key=lambda run: run["seed"])
+        runs = sorted((read_json(p, *_PARTS) for p in paths), key=lambda run: run["seed"])
         if len({run["config_hash"] for run in runs}) > 1:
             raise ValueError(
                 f"{experiment}/{variant}: expected runs of one configuration, got several in {output}; "
@@ -145,12 +162,67 @@ def load_results(output: Path, experiment: str) -> dict[str, list[dict[str, Any]
     return found
 
 
+def read_runs(output: Path, study: str, pattern: str, *parts: str) -> list[dict[str, Any]]:
+    """Results of one setting, by seed.
+
+    Args:
+        output: holds ``<study>/results``.
+        study: its folder.
+        pattern: of the files' names.
+        parts: what each must hold beside ``setting`` and ``seed``.
+
+    Raises:
+        ValueError: a damaged file, or results of several settings.
+    """
+    paths = sorted((output / study / "results").glob(pattern))
+    runs = [read_json(path, "setting", "seed", *parts) for path in paths]
+    if len({json.dumps(run["setting"], sort_keys=True) for run in runs}) > 1:
+        raise ValueError(
+            f"{study}: expected results of one setting for {pattern}, got several in {output}; delete the outdated files or "
+            "choose another --output"
+        )
+    return sorted(runs, key=lambda run: run["seed"])
+
+
+def read_json(path: Path, *parts: str) -> dict[str, Any]:
+    """A result.
+
+    Args:
+        path: of its file.
+        parts: names that it must hold.
+
+    Raises:
+        ValueError: cut short, no JSON, or something else's.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise type(error)(unusable(path, error)) from error
+    except ValueError:
+        found = None
+    missing = [part for part in parts if part not in found] if isinstance(found, dict) else None
+    if missing or missing is None:
+        got = "one that is cut short or no result" if missing is None else f"one without {', '.join(missing)}"
+        raise ValueError(f"{path}: expected a whole result, got {got}; delete it and run the same command again")
+    return found
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(draft, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    with draft(path) as part:
+        part.write_text(text)
+
+
+def write_figure(path: Path, figure: Figure, dpi: int = 160) -> None:
+    """Write whole or not at all."""
+    with draft(path) as part:
+        figure.savefig(part, dpi=dpi, bbox_inches="tight", format=path.suffix[1:])
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from experiments.fine_tune.report import fine_tune_tables
 from experiments.position_study.report import study_tables
 from experiments.positions.report import positions_tables
 from experiments.rate_recovery.report import recovery_tables
-from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results
+from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results, write_text
 
 __all__ = ["accuracy_at_depths", "fill_tables", "other_tables", "readmes", "render_table"]
 
@@ -58,7 +58,7 @@ def fill_tables(path: Path, output: Path) -> bool:
 
     filled = _BLOCK.sub(fill, text)
     if filled != text:
-        path.write_text(filled)
+        write_text(path, filled)
     return filled != text
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import sys
@@ -21,7 +20,7 @@ from experiments.benchmarks.parts import PARTS, Cell, Options
 from experiments.benchmarks.report import FOLDER
 from experiments.draw import draw
 from experiments.provenance import code_hash, device_name
-from experiments.results import write_json
+from experiments.results import read_json, write_json
 
 __all__ = ["main"]
 
@@ -145,7 +144,7 @@ def _measure(cells: list[Cell], path: Path, setting: dict[str, Any], fresh: bool
 
 def _stored(path: Path, setting: dict[str, Any], unwanted: set[str]) -> dict[str, Any]:
     """What was measured with this setting before, but for the unwanted cells."""
-    stored = json.loads(path.read_text()) if path.exists() else {"setting": setting, "cells": {}}
+    stored = read_json(path, "setting", "cells") if path.exists() else {"setting": setting, "cells": {}}
     different = [name for name, value in setting.items() if stored["setting"].get(name) != value]
     if different and unwanted:
         return {"setting": setting, "cells": {}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from experiments.benchmarks.parts import PLAIN
 from experiments.benchmarks.positions import CHAIN, ROPE
 from experiments.benchmarks.summary import Result, attention_cell, find, peak, ratio, seconds, spread, three_digits
 from experiments.benchmarks.targets import targets
+from experiments.results import read_json, write_figure, write_text
 
 __all__ = ["FOLDER", "benchmark_tables", "load", "render_tables", "report"]
 
@@ -25,7 +25,8 @@ FAST = "torch.matrix_exp"
 
 def load(output: Path) -> dict[str, Result]:
     """Every result of the benchmark: ``DEVICE-DTYPE`` → its JSON."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((output / FOLDER / "results").glob("*.json"))}
+    paths = sorted((output / FOLDER / "results").glob("*.json"))
+    return {path.stem: read_json(path, "setting", "cells") for path in paths}
 
 
 def report(output: Path) -> list[Path]:
@@ -34,14 +35,13 @@ def report(output: Path) -> list[Path]:
     if not results:
         return []
     sections = [f"# {name}\n\n" + "\n".join(render_tables(result).values()) for name, result in results.items()]
-    (folder / "table.md").write_text("\n".join(sections))
+    write_text(folder / "table.md", "\n".join(sections))
     written = [folder / "table.md"]
     for name, result in results.items():
         figure = scaling_figure(result)
         if figure is not None:
-            (folder / "figures").mkdir(exist_ok=True)
             written.append(folder / "figures" / f"{name}.png")
-            figure.savefig(written[-1], dpi=200, bbox_inches="tight")
+            write_figure(written[-1], figure, dpi=200)
     return written
 
 

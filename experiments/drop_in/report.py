@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from experiments.drop_in.checks import BOUNDS
+from experiments.results import read_json, write_text
 
 __all__ = ["FOLDER", "drop_in_tables", "load", "passed", "report"]
 
@@ -18,7 +18,7 @@ Result = dict[str, Any]
 def load(output: Path) -> list[Result]:
     """Every result, one a library."""
     paths = [output / FOLDER / "results" / f"{library}.json" for library in LIBRARIES]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [read_json(path, "library", "models", "versions", "hardware", "date") for path in paths if path.exists()]
 
 
 def passed(title: str, number: float | None) -> bool | None:
@@ -32,7 +32,7 @@ def report(output: Path) -> list[Path]:
     if not tables:
         return []
     path = output / FOLDER / "table.md"
-    path.write_text("\n".join(tables.values()))
+    write_text(path, "\n".join(tables.values()))
     return [path]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from experiments import markdown
 from experiments.fine_tune.figures import figures
 from experiments.fine_tune.tasks import TASKS
+from experiments.results import read_runs, write_figure, write_text
 
 __all__ = ["FOLDER", "VARIANTS", "fine_tune_tables", "load", "report"]
 
@@ -31,20 +31,11 @@ def load(output: Path, task: str) -> Results:
     """Variant → its runs by seed.
 
     Raises:
-        ValueError: results of several settings.
+        ValueError: a damaged file, or results of several settings.
     """
-    found: Results = {}
-    for variant in VARIANTS:
-        paths = (output / FOLDER / "results").glob(f"{task}-{variant}-seed*.json")
-        runs = sorted((json.loads(path.read_text()) for path in paths), key=lambda run: run["seed"])
-        if runs:
-            found[variant] = runs
-    if len({json.dumps(run["setting"], sort_keys=True) for runs in found.values() for run in runs}) > 1:
-        raise ValueError(
-            f"{FOLDER}: expected results of one setting, got several in {output}; delete the outdated files or choose "
-            "another --output"
-        )
-    return found
+    runs = read_runs(output, FOLDER, f"{task}-*-seed*.json", "variant", "validation")
+    by = {variant: [run for run in runs if run["variant"] == variant] for variant in VARIANTS}
+    return {variant: own for variant, own in by.items() if own}
 
 
 def report(output: Path) -> list[Path]:
@@ -53,14 +44,13 @@ def report(output: Path) -> list[Path]:
     if not tables:
         return []
     written = [folder / "table.md"]
-    written[0].write_text("\n".join(tables.values()))
-    (folder / "figures").mkdir(exist_ok=True)
+    write_text(written[0], "\n".join(tables.values()))
     titles = {name: title for name, (title, _, _) in VARIANTS.items()}
     for task in TASKS:
         results = load(output, task)
         for name, figure in figures(results, titles, TASKS[task].unit).items() if results else ():
             written.append(folder / "figures" / f"{task}_{name}.png")
-            figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+            write_figure(written[-1], figure)
     return written
 
 

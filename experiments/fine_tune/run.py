@@ -31,7 +31,7 @@ from experiments.fine_tune.tasks import TASKS
 from experiments.jobs import finished
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
-from liegroup_attn.lightning import ByteCorpus, ExactResume, FineTune, GeneratorMonitor
+from liegroup_attn.lightning import AtomicCheckpointIO, ByteCorpus, ExactResume, FineTune, GeneratorMonitor
 from liegroup_attn.nn import LieFlow, convert_attention, restore_attention
 
 __all__ = ["main"]
@@ -147,13 +147,12 @@ def _pretrained(seed: int, args: argparse.Namespace, setting: dict[str, Any], pa
     L.seed_everything(seed, verbose=False)
     model = TASKS[setting["task"]].build()
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"])
         return model
     convert_attention(model, learn_time=False, learn_rates=False)  # FineTune takes converted models; time stays 0
     _train(model, seed, args, setting, "all", "pretrain", warmup=50)
     restore_attention(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": model.state_dict()}, path)
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from experiments import markdown
 from experiments.position_study.figures import figures
+from experiments.results import read_runs, write_figure, write_text
 
 __all__ = ["CLAIMS", "FOLDER", "load", "report", "study_tables"]
 
@@ -42,18 +42,13 @@ def load(output: Path) -> Results:
     """(mixing, encoding, role) → its runs by seed.
 
     Raises:
-        ValueError: results of several settings.
+        ValueError: a damaged file, or results of several settings.
     """
-    runs = [json.loads(path.read_text()) for path in sorted((output / FOLDER / "results").glob("*-seed*.json"))]
-    if len({json.dumps(run["setting"], sort_keys=True) for run in runs}) > 1:
-        raise ValueError(
-            f"{FOLDER}: expected results of one setting, got several in {output}; delete the outdated files or choose "
-            "another --output"
-        )
+    runs = read_runs(output, FOLDER, "*-seed*.json", "mixing", "encoding", "role")
     # softmax before exp, learned before what is fixed, encoder before decoder
     places = {name: i for i, name in enumerate(("softmax", "learned", "sinusoidal", "encoder"))}
     found: Results = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in runs:
         found.setdefault((run["mixing"], run["encoding"], run["role"]), []).append(run)
     return dict(sorted(found.items(), key=lambda item: [places.get(name, 9) for name in item[0]]))
 
@@ -64,13 +59,12 @@ def report(output: Path) -> list[Path]:
     if not results:
         return []
     written = [folder / "table.md"]
-    written[0].write_text("\n".join(study_tables(output).values()))
-    (folder / "figures").mkdir(exist_ok=True)
+    write_text(written[0], "\n".join(study_tables(output).values()))
     for mixing in dict.fromkeys(key[0] for key in results):
         own = {key[1:]: runs for key, runs in results.items() if key[0] == mixing}
         for name, figure in figures(own).items():
             written.append(folder / "figures" / f"{mixing}_{name}.png")
-            figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+            write_figure(written[-1], figure)
     return written
 
 

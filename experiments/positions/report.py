@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from experiments import markdown
 from experiments.positions.encodings import ENCODINGS, MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
 from experiments.positions.tasks import TASKS
+from experiments.results import read_runs, write_figure, write_text
 
 __all__ = ["FOLDER", "Rows", "load", "positions_tables", "report", "rows"]
 
@@ -29,16 +29,9 @@ def load(output: Path, task: str) -> list[Result]:
     """Runs of a task.
 
     Raises:
-        ValueError: results of several settings.
+        ValueError: a damaged file, or results of several settings.
     """
-    paths = sorted((output / FOLDER / "results").glob(f"{task}-*-seed*.json"))
-    found = [json.loads(path.read_text()) for path in paths]
-    if len({json.dumps(run["setting"], sort_keys=True) for run in found}) > 1:
-        raise ValueError(
-            f"{FOLDER}: expected results of one setting for {task}, got several in {output}; delete the outdated files or "
-            "choose another --output"
-        )
-    return sorted(found, key=lambda run: run["seed"])
+    return read_runs(output, FOLDER, f"{task}-*-seed*.json", "task", "encoding", "mixing", "test", "rescaled")
 
 
 def rows(runs: Sequence[Result]) -> Rows:
@@ -69,14 +62,12 @@ def report(output: Path) -> list[Path]:
     if not results:
         return []
     written = [folder / "table.md"]
-    written[0].write_text(
-        "\n".join(f"{name}\n\n{text}" for name, text in positions_tables(output).items() if text != NONE_YET)
-    )
-    (folder / "figures").mkdir(exist_ok=True)
+    tables = positions_tables(output).items()
+    write_text(written[0], "\n".join(f"{name}\n\n{text}" for name, text in tables if text != NONE_YET))
     for task, runs in results.items():
         written.append(folder / "figures" / f"{task}.png")
         figure = (lines if task == "text" else dots)(rows(runs), TASKS[task].unit)
-        figure.savefig(written[-1], dpi=160, bbox_inches="tight")
+        write_figure(written[-1], figure)
     return written
 
 

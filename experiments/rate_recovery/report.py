@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 from experiments import markdown
 from experiments.rate_recovery.figure import recovery_figure
+from experiments.results import read_runs, write_figure, write_text
 
 __all__ = ["FOLDER", "TITLES", "load", "recovery_tables", "report"]
 
@@ -31,16 +31,9 @@ def load(output: Path) -> list[Result]:
     """The results by seed.
 
     Raises:
-        ValueError: results of several settings.
+        ValueError: a damaged file, or results of several settings.
     """
-    paths = (output / FOLDER / "results").glob("seed*.json")
-    results = sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["seed"])
-    if len({json.dumps(result["setting"], sort_keys=True) for result in results}) > 1:
-        raise ValueError(
-            f"{FOLDER}: expected results of one setting, got several in {output}; delete the outdated files or choose "
-            "another --output"
-        )
-    return results
+    return read_runs(output, FOLDER, "seed*.json", "cells")
 
 
 def report(output: Path) -> list[Path]:
@@ -48,9 +41,8 @@ def report(output: Path) -> list[Path]:
     results, folder = load(output), output / FOLDER
     if not results:
         return []
-    (folder / "table.md").write_text("\n".join(recovery_tables(output).values()))
-    (folder / "figures").mkdir(exist_ok=True)
-    recovery_figure(results).savefig(folder / "figures" / "recovery.png", dpi=200, bbox_inches="tight")
+    write_text(folder / "table.md", "\n".join(recovery_tables(output).values()))
+    write_figure(folder / "figures" / "recovery.png", recovery_figure(results), dpi=200)
     return [folder / "table.md", folder / "figures" / "recovery.png"]
 
 

@@ -5,6 +5,7 @@ from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.conversion import LieConversion, load_converted
 from liegroup_attn.lightning.convert_callback import ConvertAttention
 from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
+from liegroup_attn.lightning.files import AtomicCheckpointIO
 from liegroup_attn.lightning.finetune import FineTune
 from liegroup_attn.lightning.guard import ManifoldGuard
 from liegroup_attn.lightning.images import ImageClassifier
@@ -15,6 +16,7 @@ from liegroup_attn.lightning.rates import RateEstimator
 from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
+    "AtomicCheckpointIO",
     "ByteCorpus",
     "ConvertAttention",
     "Digits",

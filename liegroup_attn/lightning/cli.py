@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import runpy
 import sys
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 from liegroup_attn.errors import ConvergenceError
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
+from liegroup_attn.lightning.files import AtomicCheckpointIO, unusable
 from liegroup_attn.lightning.guard import ManifoldGuard
 
 __all__ = ["LieCLI", "main"]
 
-_MENDABLE = (ValueError, TypeError, FileNotFoundError, ConnectionError, ConvergenceError, MisconfigurationException)
+_MENDABLE = (ValueError, TypeError, OSError, ConvergenceError, MisconfigurationException)
 _EXPERIMENTS = {
     "compare": "experiments.compare",
     "draw": "experiments.draw",
@@ -48,7 +48,10 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
 
 
 class LieCLI(LightningCLI):
-    """LightningCLI for any module and data module, with exact resumption, generator monitor and manifold guard on."""
+    """LightningCLI for any module and data module, with exact resumption, generator monitor and manifold guard on.
+
+    Checkpoints are written by ``AtomicCheckpointIO``, unless plugins or the strategy bring their own way.
+    """
 
     def __init__(self, callbacks: Sequence[L.Callback] | None = None, **options: Any) -> None:
         super().__init__(
@@ -62,12 +65,17 @@ class LieCLI(LightningCLI):
             **options,
         )
 
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**options)
+        # Not among the plugins: those of a config would take its place, and some strategies refuse any.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
     def _parse_ckpt_path(self) -> None:
         # Lightning puts the checkpoint's hyperparameters over the config's: a softmax config with a checkpoint of Lie
         # attention would silently run Lie attention. Here the config says what is built, the checkpoint must fit.
-        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
-        if path and Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise ValueError(f"ckpt_path: expected a whole checkpoint, got {path}, which is none; take another")
+        pass
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             LieCLI()
     except _MENDABLE as error:
         # What the user can mend; anything else is a bug and keeps its traceback.
-        print(f"liegroup-attn: {type(error).__name__}: {error}", file=sys.stderr)
+        sentence = unusable(error.filename or "a file", error) if isinstance(error, OSError) and error.errno else error
+        print(f"liegroup-attn: {type(error).__name__}: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 

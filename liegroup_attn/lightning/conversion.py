@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 
 from liegroup_attn.errors import ConversionError
+from liegroup_attn.lightning.files import AtomicCheckpointIO, CheckedLoading
 from liegroup_attn.lightning.stored_flows import (
     check_law,
     fit_state,
@@ -24,7 +24,7 @@ __all__ = ["LieConversion", "load_converted"]
 _Module = TypeVar("_Module", bound=L.LightningModule)
 
 
-class LieConversion(L.LightningModule):
+class LieConversion(CheckedLoading):
     """Mixin: ``class Mine(LieConversion, TheirModule)`` is their module with Lie attention.
 
     Attention is converted in ``configure_model``, once, after theirs has run: so it may be built there or in
@@ -127,8 +127,9 @@ def load_converted(module_class: type[_Module], path: str | Path, **options: Any
 
     Raises:
         ConversionError: the checkpoint names no conversion.
+        ValueError: no whole checkpoint.
     """
-    stored = torch.load(path, map_location="cpu", weights_only=True).get("lie_attention")
+    stored = AtomicCheckpointIO().load_checkpoint(path, weights_only=True).get("lie_attention")
     if stored is None:
         raise ConversionError(
             f"path: expected a checkpoint trained with ConvertAttention, got {path}, which names no conversion; load it with "

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
+from liegroup_attn.lightning.files import CheckedLoading
 from liegroup_attn.lightning.outputs import (
     counted,
     distillation,
@@ -30,7 +30,7 @@ from liegroup_attn.nn import LieFlow, restore_attention
 __all__ = ["FineTune"]
 
 
-class FineTune(L.LightningModule):
+class FineTune(CheckedLoading):
     """Fine-tune a model that ``nn.convert_attention`` has converted, or distil a teacher into it.
 
     Batches are dicts, handed to model and teacher as keyword arguments (without ``labels`` where one takes none), or pairs

@@ -6,13 +6,13 @@ import inspect
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn import positional
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
+from liegroup_attn.lightning.files import CheckedLoading
 from liegroup_attn.lightning.optim import RiemannianSGD
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
 from liegroup_attn.nn import AttentionRecipe, Transformer
@@ -23,7 +23,7 @@ __all__ = ["TEST_SETS", "LanguageModel", "TokenClassifier", "Trained"]
 TEST_SETS = ("test", "deeper")
 
 
-class Trained(L.LightningModule):
+class Trained(CheckedLoading):
     """What all share: one optimizer, one schedule, and hyperparameters that are plain values."""
 
     hparams: Any
