@@ -142,7 +142,7 @@ def test_gradients(clock):
         return torch.func.functional_call(flow, dict(zip(names, parameters, strict=True)), (q, k, v))[0]
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-        torch.autograd.gradcheck(run, (*tensors, *flow.parameters()), check_forward_ad=True)
+        torch.autograd.gradcheck(run, (*tensors, *flow.parameters()), check_forward_ad=True, fast_mode=True)
 
 
 @pytest.mark.parametrize(
