@@ -351,6 +351,23 @@ def test_prefetched_batches_do_not_count(persistent):
     assert len(batches(resumed)) == 10
 
 
+def test_what_has_resumed_is_saved_again():
+    """In the rest of its epoch, too: it has handed out what came before the resume."""
+    whole, loader, stopped_at = (
+        batches(ResumableLoader(range(20), batch_size=2)),
+        ResumableLoader(range(20), batch_size=2),
+        0,
+    )
+    for more in (2, 3, 1):
+        running = iter(loader)
+        assert [next(running).tolist() for _ in range(more)] == whole[stopped_at : stopped_at + more]
+        stopped_at += more
+        assert loader.state_dict() == {"batches": stopped_at, "length": 10}
+        state, loader = loader.state_dict(), ResumableLoader(range(20), batch_size=2)
+        loader.load_state_dict(state)
+    assert batches(loader) == whole[stopped_at:]
+
+
 def test_a_finished_epoch_starts_anew():
     loader = ResumableLoader(range(6), batch_size=2)
     whole = batches(loader)
