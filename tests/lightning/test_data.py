@@ -8,8 +8,17 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.data import _update_dataloader
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from lightning.pytorch.utilities.data import _is_dataloader_shuffled, _update_dataloader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from liegroup_attn.lightning.data import ByteCorpus, RandomForests, ResumableLoader
 from liegroup_attn.lightning.data.text import PUBLIC, SPLITS
@@ -380,12 +389,45 @@ def test_loaders_without_a_fixed_order_or_of_another_length_are_refused():
         def __iter__(self):
             return iter(range(6))
 
-    with pytest.raises(ValueError, match="pass shuffle=False"):
-        ResumableLoader(range(6), shuffle=True)
+    for sampler in (
+        RandomSampler(range(6)),
+        RandomSampler(range(6), generator=torch.Generator()),
+        SubsetRandomSampler(range(3)),
+        WeightedRandomSampler([0.5] * 6, 6),
+    ):
+        words = (
+            f"order that can be found again, got range with {type(sampler).__name__}; pass shuffle=True, or a sampler"
+        )
+        with pytest.raises(ValueError, match=words):
+            ResumableLoader(range(6), sampler=sampler)
+        with pytest.raises(ValueError, match=words):
+            ResumableLoader(range(6), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
     with pytest.raises(ValueError, match="got Stream"):
         ResumableLoader(Stream())
+    with pytest.raises(ValueError, match="shuffle"):  # torch's own
+        ResumableLoader(Stream(), shuffle=True)
     with pytest.raises(ValueError, match="expected 6 batches an epoch as in the checkpoint, got 3"):
         ResumableLoader(range(6), batch_size=2).load_state_dict({"batches": 1, "length": 6})
+
+
+def test_shuffled_epochs_differ_and_are_the_same_for_the_same_seed():
+    def epochs(*seed: int) -> list[list[int]]:
+        generator = {"generator": torch.Generator().manual_seed(seed[0])} if seed else {}
+        loader = ResumableLoader(range(20), batch_size=4, shuffle=True, **generator)
+        return [list(chain.from_iterable(batches(loader))) for _ in range(3)]
+
+    found = [*epochs(), *epochs(1), *epochs(2)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in found)
+    assert len(set(map(tuple, found))) == 9
+    assert epochs(1) == found[3:6]
+
+
+def test_lightning_shuffles_a_shuffled_loader_over_processes():
+    loader = ResumableLoader(range(20), batch_size=2, shuffle=True)
+    assert _is_dataloader_shuffled(loader)
+    sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=1, shuffle=True)
+    replaced = _update_dataloader(loader, sampler)
+    assert (type(replaced), replaced.sampler) == (ResumableLoader, sampler)
 
 
 def test_lightning_can_replace_the_sampler():
@@ -436,12 +478,16 @@ def fit(folder: Path, *data, resume: Path | None = None, **options) -> list[list
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("options", [{"max_epochs": 3}, {"max_steps": 13}, {"max_epochs": 3, "val_check_interval": 2}])
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 1}])
-def test_a_resumed_fit_sees_the_batches_of_an_uninterrupted_one(tmp_path, options, workers):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_resumed_fit_sees_the_batches_of_an_uninterrupted_one(tmp_path, options, workers, shuffle):
     def loaders() -> tuple[DataLoader, DataLoader]:
-        return ResumableLoader(range(10), batch_size=2, **workers), DataLoader(range(2))
+        return ResumableLoader(range(10), batch_size=2, shuffle=shuffle, **workers), DataLoader(range(2))
 
     whole = fit(tmp_path / "whole", *loaders(), **options)
-    assert whole[:6] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [0, 1]]
+    if shuffle:
+        assert whole[:5] != whole[5:10]
+    else:
+        assert whole[:6] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [0, 1]]
     for k in (1, 3, 5, 7) if not workers else (7,):  # in the first epoch, at its end, in the second
         checkpoint = tmp_path / "whole" / f"step={k}.ckpt"
         assert fit(tmp_path / f"{k}", *loaders(), resume=checkpoint, **options) == whole[k:]

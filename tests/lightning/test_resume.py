@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -15,9 +18,11 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, DistributedSampler
 
 from liegroup_attn.lightning import ByteCorpus, ExactResume, GeneratorMonitor, LanguageModel
 from liegroup_attn.lightning.cli import main
+from liegroup_attn.lightning.data import ResumableLoader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -173,3 +178,73 @@ def test_a_killed_command_resumes(tmp_path, text, monkeypatch):
     whole, resumed = (losses(found(folder, "metrics.csv")) for folder in ("whole", "resumed"))
     assert resumed == {k: v for k, v in whole.items() if k >= HANGS_AT}
     assert len(resumed) == STEPS - HANGS_AT
+
+
+# other people's loaders
+
+
+class Seen(L.LightningModule):
+    """Remembers its batches, and the random numbers drawn beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[tuple[list, float]] = []
+
+    def training_step(self, batch, index):
+        batch = torch.stack(batch) if isinstance(batch, list) else batch  # of several loaders
+        self.seen.append((batch.tolist(), float(torch.rand(()))))
+        return self.layer(batch.flatten()[:, None].float()).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def look(folder: Path, loader: Any, resume: Path | None = None) -> tuple[list, list[str]]:
+    L.seed_everything(0 if resume is None else 99)
+    model = Seen()
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=3, callbacks=[saver, ExactResume()], **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, loader, ckpt_path=resume, weights_only=True)
+    return model.seen, [str(w.message) for w in caught if "resumes where it stopped" in str(w.message)]
+
+
+def own(**options: Any) -> dict[str, Any]:
+    return {"generator": torch.Generator(), **options}
+
+
+NUMBERS = range(2 * EPOCH)
+# Loader → whether a fit that resumes in mid-epoch, and at an epoch's end, equals the uninterrupted one.
+LOADERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
+    "torch's": (lambda: DataLoader(NUMBERS, 2), False, False),
+    "with a generator": (lambda: DataLoader(NUMBERS, 2, **own()), False, True),
+    "shuffled": (lambda: DataLoader(NUMBERS, 2, shuffle=True), False, False),
+    "shuffled, with a generator": (lambda: DataLoader(NUMBERS, 2, **own(shuffle=True)), False, False),
+    "by epoch": (
+        lambda: DataLoader(NUMBERS, 2, **own(sampler=DistributedSampler(NUMBERS, num_replicas=1, rank=0))),
+        False,
+        True,
+    ),
+    "resumable": (lambda: ResumableLoader(NUMBERS, batch_size=2), True, True),
+    "resumable, shuffled": (lambda: ResumableLoader(NUMBERS, batch_size=2, shuffle=True), True, True),
+    "two": (lambda: [ResumableLoader(NUMBERS, batch_size=2), DataLoader(NUMBERS, 2, shuffle=True)], False, False),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loader_resumes_or_is_warned_of(name, tmp_path):
+    new, in_mid_epoch, at_the_end = LOADERS[name]
+    whole, warned = look(tmp_path / "whole", new())
+    assert warned == []
+    for step, exact in ((4, in_mid_epoch), (EPOCH, at_the_end), (9, in_mid_epoch)):
+        rest, warned = look(tmp_path / f"from {step}", new(), tmp_path / "whole" / f"step={step}.ckpt")
+        assert (rest == whole[step:]) == exact
+        assert len(warned) == (not exact)
+        if warned:
+            assert warned[0].startswith("train_dataloader: expected one that resumes where it stopped, got DataLoader,")
+            assert warned[0].endswith(
+                "use liegroup_attn.lightning.data.ResumableLoader, which takes shuffle=True as well"
+            )

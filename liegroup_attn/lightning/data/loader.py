@@ -13,20 +13,22 @@ __all__ = ["ResumableLoader"]
 
 
 class ResumableLoader(DataLoader):
-    """A `DataLoader` in fixed order that resumes at the batch after the last one it handed out.
+    """A `DataLoader` that resumes at the batch after the last one it handed out.
 
     Lightning stores ``state_dict()`` in its checkpoints and gives it back before the first batch of a resumed fit.
     Batches are counted when handed out, not when a worker prefetches them; skipped examples are never made.
-    Under DDP Lightning puts in a sampler that shuffles by seed and epoch: resume with the same ``seed_everything``.
-    An epoch cut short by ``limit_train_batches`` counts as unfinished: shorten the dataset instead.
+    With ``shuffle=True`` the order is a function of the generator's seed and the epoch, which Lightning counts, so that it is
+    the same in a resumed fit. Under DDP Lightning puts in a sampler that shuffles by its own seed and epoch: resume with the
+    same ``seed_everything``. Random numbers that a dataset draws are not resumed: draw them by the index. An epoch cut short by ``limit_train_batches`` counts as unfinished: shorten the dataset instead.
 
     Args:
         dataset: a map-style dataset.
-        **options: those of `DataLoader`; ``shuffle=True`` is refused, since its order is lost on resuming
-            (a sampler whose order is fixed, as a `DistributedSampler`'s, will do).
+        **options: those of `DataLoader`; ``generator=torch.Generator().manual_seed(7)`` chooses another order. Torch's random
+            samplers are refused, since their order is lost on resuming; one with ``set_epoch``, as a `DistributedSampler`,
+            will do.
 
     Raises:
-        ValueError: the order is random or the dataset is iterable.
+        ValueError: a sampler's order is random or the dataset is iterable.
 
     Example:
         >>> loader = ResumableLoader(range(10), batch_size=2)
@@ -45,11 +47,17 @@ class ResumableLoader(DataLoader):
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         # A generator of its own: by default a loader draws a number from torch's global one whenever it starts, and a
         # resumed run, whose loaders start at other times, would then have other dropout.
-        super().__init__(dataset, **{"generator": torch.Generator(), **options})
-        if isinstance(dataset, IterableDataset) or isinstance(self.sampler, RandomSampler):
+        options["generator"] = options.get("generator") or torch.Generator()
+        if not isinstance(dataset, IterableDataset) and options.pop("shuffle", False):
+            options["sampler"] = _ByEpoch(dataset, options["generator"])
+        super().__init__(dataset, **options)
+        sampler: Any = getattr(self.batch_sampler, "sampler", self.sampler)
+        if isinstance(dataset, IterableDataset) or (
+            hasattr(sampler, "generator") and not hasattr(sampler, "set_epoch")
+        ):
             raise ValueError(
-                f"ResumableLoader: expected a map-style dataset in fixed order, got {type(dataset).__name__} with"
-                f" {type(self.sampler).__name__}; pass shuffle=False and draw at random inside the dataset"
+                f"ResumableLoader: expected a map-style dataset in an order that can be found again, got "
+                f"{type(dataset).__name__} with {type(sampler).__name__}; pass shuffle=True, or a sampler with set_epoch"
             )
 
     @property
@@ -85,6 +93,17 @@ class ResumableLoader(DataLoader):
                 f" {len(self)}; resume with the same data, batch size and number of processes"
             )
         self._start = self._handed_out = state_dict["batches"] % len(self)
+
+
+class _ByEpoch(RandomSampler):
+    """An order for every epoch; Lightning says which one it is, outside it each iteration has the next."""
+
+    def __init__(self, dataset: Any, generator: torch.Generator) -> None:
+        super().__init__(dataset, generator=generator)
+        self.seed = generator.initial_seed()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class _From:
