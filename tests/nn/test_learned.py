@@ -418,6 +418,19 @@ def test_streams_mix_by_a_doubly_stochastic_matrix():
     torch.testing.assert_close(streams.write(x, y).mean(-2), x.mean(-2) + y, atol=1e-12, rtol=0)
 
 
+def test_a_stream_takes_from_the_others_by_its_own_row():
+    """Not by its column, which sums to 1 as well."""
+    streams = ResidualStreams(3).double()
+    x, y = torch.randn(3, C, dtype=torch.float64), torch.randn(C, dtype=torch.float64)
+    with torch.no_grad():
+        streams.generator.copy_(DoublyBalancedRateMatrices(3).random(3, 3, dtype=torch.float64))
+        streams.writing.copy_(torch.randn(3))
+        mixing = torch.tensor(scipy.linalg.expm(streams.generator.numpy()))
+        assert (mixing - mixing.mT).abs().max() > 1e-2
+        expected = torch.stack([mixing[s] @ x + streams.writing[s] * y for s in range(3)])
+        torch.testing.assert_close(streams.write(x, y), expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_transformer_with_streams(depth):
     model = Transformer(C, depth, H, {"module": "LieAttention"}, streams=3).double()
