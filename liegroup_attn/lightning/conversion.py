@@ -15,6 +15,7 @@ from liegroup_attn.lightning.stored_flows import (
     fit_state,
     plain_options,
     refuse_resume,
+    warn_of_rounded_flows,
     warn_of_untrained_flows,
 )
 from liegroup_attn.nn import ConversionReport, convert_attention
@@ -99,6 +100,7 @@ class LieConversion(CheckedLoading):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         warn_of_untrained_flows(self.trainer, self)
+        warn_of_rounded_flows(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

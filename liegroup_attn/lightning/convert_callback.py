@@ -18,6 +18,7 @@ from liegroup_attn.lightning.stored_flows import (
     fit_state,
     plain_options,
     refuse_resume,
+    warn_of_rounded_flows,
     warn_of_untrained_flows,
 )
 from liegroup_attn.nn import LieFlow, convert_attention
@@ -101,6 +102,7 @@ class ConvertAttention(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         warn_of_untrained_flows(trainer, pl_module)
+        warn_of_rounded_flows(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._check is not None:

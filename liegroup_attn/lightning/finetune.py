@@ -24,7 +24,7 @@ from liegroup_attn.lightning.outputs import (
     takes,
     targets_of,
 )
-from liegroup_attn.lightning.stored_flows import check_laws, law_of
+from liegroup_attn.lightning.stored_flows import check_laws, law_of, warn_of_rounded_flows
 from liegroup_attn.nn import LieFlow, restore_attention
 
 __all__ = ["FineTune"]
@@ -158,6 +158,9 @@ class FineTune(CheckedLoading):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    def on_fit_start(self) -> None:
+        warn_of_rounded_flows(self)
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("validation")

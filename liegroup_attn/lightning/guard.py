@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from liegroup_attn.errors import DtypeError, GeneratorError
 from liegroup_attn.lightning.optim import is_riemannian
 from liegroup_attn.lightning.refusals import is_narrow, too_narrow
+from liegroup_attn.lightning.stored_flows import warn_of_rounded_flows
 from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, declared, off_manifold, restore
 
 __all__ = ["ManifoldGuard"]
@@ -24,14 +25,14 @@ _TOLERANCE = 1e-5  # geoopt's
 
 
 class ManifoldGuard(L.Callback):
-    """Training that never leaves the manifold; does nothing for a model without manifold parameters.
+    """Training that never leaves the manifold; of a model without manifold parameters it only looks at flows.
 
     When a fit starts, every parameter on a manifold (those made by ``manifolds.hold`` and any other ManifoldParameter) has
     to be a ManifoldParameter in at least float32, and to be, that very object, in a Riemannian optimizer without weight
     decay. Otherwise the fit is refused with the name of the parameter and the remedy. One that starts off its manifold is
     projected with a warning; NaN is refused. A gradient with NaN or inf is refused before the step, except under a gradient
     scaler, which skips such steps by itself. Where gradients are clipped this goes for free parameters too: their NaN
-    would reach all gradients by the norm.
+    would reach all gradients by the norm. Flows (``nn.LieFlow``) that learn in half precision are warned of.
 
     Averages of weights (Lightning's ``StochasticWeightAveraging``, ``WeightAveraging``, ``EMAWeightAveraging``) are off the
     manifold; they are projected when they are put into the model. After a validation the averages go on unprojected.
@@ -74,6 +75,7 @@ class ManifoldGuard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)  # some strategies load the checkpoint after the first time
+        warn_of_rounded_flows(pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self._parameters or getattr(trainer.precision_plugin, "scaler", None) is not None:

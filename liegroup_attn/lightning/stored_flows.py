@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ __all__ = [
     "law_of",
     "plain_options",
     "refuse_resume",
+    "warn_of_rounded_flows",
     "warn_of_untrained_flows",
 ]
 
@@ -135,6 +137,23 @@ def refuse_resume(trainer: Any, checkpoint: dict[str, Any], remedy: str) -> None
         raise ConversionError(
             f"ckpt_path: expected a checkpoint of a converted model to resume, got one whose optimizer knows no flow; {remedy} "
             "and fit without ckpt_path"
+        )
+
+
+def warn_of_rounded_flows(module: nn.Module) -> None:
+    """At the start of a fit: flows in half precision, whose steps are smaller than what is rounded away."""
+    parameters = {
+        id(p): p for m in module.modules() if isinstance(m, LieFlow) for p in m.parameters() if p.requires_grad
+    }
+    narrow = {
+        n: p.dtype for n, p in module.named_parameters() if id(p) in parameters and torch.finfo(p.dtype).bits < 32
+    }
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
+        precision = "16-true" if dtype == torch.float16 else "bf16-true"
+        rank_zero_warn(
+            f"{name}: expected times and rates of flows in float32, got {dtype}, where small steps round to nothing and they stay "
+            f'at their start; train with Trainer(plugins=ManifoldPrecision("{precision}"))'
         )
 
 

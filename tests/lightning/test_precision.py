@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -9,9 +11,18 @@ from manifold_training import QUIET, Places
 from torch import nn
 
 from liegroup_attn import ErlangClock, ExponentialClock
-from liegroup_attn.lightning import LanguageModel, ManifoldGuard, ManifoldPrecision
+from liegroup_attn.lightning import (
+    ConvertAttention,
+    FineTune,
+    LanguageModel,
+    LieConversion,
+    ManifoldGuard,
+    ManifoldPrecision,
+    build_optimizer,
+)
+from liegroup_attn.lightning.stored_flows import warn_of_rounded_flows
 from liegroup_attn.manifolds import ManifoldParameter, OpenInterval, Sphere, Stiefel, hold, off_manifold
-from liegroup_attn.nn import LieAttention
+from liegroup_attn.nn import LieAttention, LieFlow, convert_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -176,3 +187,106 @@ def test_a_language_model_trains_resumes_and_generates(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert model.eval().generate(torch.zeros(1, 3, dtype=torch.long), 4, temperature=0.0).shape == (1, 7)
+
+
+# flows, whose times are plain parameters
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True, dropout=0.0), 1)
+
+
+def error(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Of an output that is the mean of the tokens."""
+    found = model(batch.to(model.layers[0].linear1.weight.dtype)).float()
+    return (found - batch.mean(1, keepdim=True)).square().mean()
+
+
+class Theirs(L.LightningModule):
+    def __init__(self, convert: bool = False) -> None:
+        super().__init__()
+        self.model = encoder()
+        if convert:
+            convert_attention(self.model, time=0.5)
+
+    def training_step(self, batch, index):
+        return error(self.model, batch)
+
+    def configure_optimizers(self):
+        return build_optimizer(self, 1e-4)
+
+
+class Ours(LieConversion, Theirs):
+    lie_attention = {"time": 0.5}  # noqa: RUF012
+
+
+class Tuned(FineTune):
+    def __init__(self) -> None:
+        model = encoder()
+        convert_attention(model, time=0.5)
+        super().__init__(model, lie_learning_rate=1e-4)
+
+    def training_step(self, batch, index):
+        return error(self.model, batch)
+
+
+ROADS = {  # module and callbacks by which a flow comes into a fit
+    "LieConversion": (Ours, []),
+    "LieConversion and guard": (Ours, [ManifoldGuard]),
+    "ConvertAttention": (Theirs, [lambda: ConvertAttention(time=0.5)]),
+    "FineTune": (Tuned, []),
+    "convert_attention and guard": (lambda: Theirs(convert=True), [ManifoldGuard]),
+}
+
+
+def flow_after(road: str, **options) -> tuple[LieFlow, list[str]]:
+    new, callbacks = ROADS[road]
+    module = new()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as in an interpreter: the same words once
+        data = torch.utils.data.DataLoader(torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(0)), 2)
+        trainer(*(new() for new in callbacks), max_steps=20, **options).fit(module, data)
+    (flow,) = (m for m in module.modules() if isinstance(m, LieFlow))
+    return flow, [str(w.message) for w in caught if "flows in float32" in str(w.message)]
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_times_learn_in_single_precision(road):
+    """bf16-true alone leaves them at their start, and says so once."""
+    frozen, warned = flow_after(road, precision="bf16-true")
+    assert frozen.time.dtype == torch.bfloat16
+    assert (frozen.time == 0.5).all()
+    (sentence,) = warned
+    assert ".lie." in sentence
+    assert sentence.endswith('stay at their start; train with Trainer(plugins=ManifoldPrecision("bf16-true"))')
+    moving, warned = flow_after(road, plugins=ManifoldPrecision("bf16-true"))
+    assert warned == []
+    assert {p.dtype for p in moving.parameters()} == {torch.float32}
+    reference, warned = flow_after(road)
+    assert warned == []
+    assert ((reference.time - 0.5).abs() > 4e-4).any()
+    torch.testing.assert_close(moving.time, reference.time, atol=3e-4, rtol=0)
+
+
+def test_only_flows_that_learn_are_warned_of():
+    module = Theirs(convert=True).bfloat16()
+    for flow in (m for m in module.modules() if isinstance(m, LieFlow)):
+        flow.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_rounded_flows(module)
+    with pytest.warns(UserWarning, match=r'model\.layers\.0\.self_attn\.lie\.time: expected .*"16-true"'):
+        warn_of_rounded_flows(Theirs(convert=True).half())
+
+
+@pytest.mark.usefixtures("conversion")
+def test_flows_stay_however_torch_converts_modules():
+    module = Theirs(convert=True)
+    flow = module.model.layers[0].self_attn.lie
+    before = {name: p.detach().clone() for name, p in flow.named_parameters()}
+    ManifoldPrecision("bf16-true").convert_module(module)
+    assert module.model.layers[0].linear1.weight.dtype == torch.bfloat16
+    for name, value in before.items():
+        assert torch.equal(flow.get_parameter(name), value)
+        assert flow.get_parameter(name).dtype == torch.float32
