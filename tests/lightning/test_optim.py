@@ -19,7 +19,14 @@ from torch import nn
 from liegroup_attn.errors import DtypeError
 from liegroup_attn.lightning import LanguageModel, RiemannianAdamW, RiemannianSGD, build_optimizer, warmup_cosine
 from liegroup_attn.lightning.guard import checked
-from liegroup_attn.manifolds import ManifoldParameter, ManifoldTensor, OpenInterval, RateMatrices, hold
+from liegroup_attn.manifolds import (
+    ManifoldParameter,
+    ManifoldTensor,
+    OpenInterval,
+    RateMatrices,
+    SpecialOrthogonal,
+    hold,
+)
 from liegroup_attn.nn import LieAttention, Transformer
 
 
@@ -399,6 +406,28 @@ def test_projections_leave_momentum_alone(cls, stabilize):
             optimizer.step()
         ends.append(frame.detach())
     torch.testing.assert_close(*ends, atol=1e-9, rtol=0)
+
+
+CURVED = {"sphere": geoopt.Sphere(), "stiefel": geoopt.Stiefel(canonical=False), "rotations": SpecialOrthogonal(4)}
+
+
+@pytest.mark.parametrize("cls", [partial(RiemannianAdamW, lr=0.3), partial(RiemannianSGD, lr=0.3, momentum=0.9)])
+@pytest.mark.parametrize("manifold", CURVED.values(), ids=CURVED)
+def test_momentum_goes_with_the_point(cls, manifold):
+    """It is a direction from where the point has come to, no longer from where it was."""
+    start = manifold.random(4, 4, dtype=torch.float64)
+    point = ManifoldParameter(start.clone(), manifold=manifold)
+    optimizer = cls([point], stabilize=None)
+    point.grad = torch.randn(4, 4, dtype=torch.float64)
+    before = manifold.egrad2rgrad(start, point.grad)
+    optimizer.step()
+    (momentum,) = (
+        optimizer.state[point][name] for name in ("exp_avg", "momentum_buffer") if name in optimizer.state[point]
+    )
+    assert momentum.abs().max() > 0.01
+    assert manifold.check_vector_on_tangent(point, momentum, atol=1e-9, rtol=1e-9)
+    assert manifold.check_vector_on_tangent(start, before, atol=1e-9, rtol=1e-9)
+    assert not manifold.check_vector_on_tangent(point, before, atol=1e-3, rtol=1e-3)
 
 
 # groups
