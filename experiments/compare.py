@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from experiments.draw import draw
+from experiments.markdown import show
 from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, read_json, variants_of
 
 _RUN = "experiments.run"
@@ -102,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     for experiment in args.experiments:
         table = output / experiment / "table.md"
         if table.exists():
-            console.print(f"\n{experiment}\n{table.read_text()}", markup=False, soft_wrap=True)
+            console.print(f"\n{experiment}")
+            show(console, table.read_text())
     if failed:
         raise ValueError(
             "runs: expected all to finish, but these failed: "

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from experiments.benchmarks import report as benchmarks
 from experiments.drop_in import report as drop_in
 from experiments.fine_tune import report as fine_tune
+from experiments.markdown import says
 from experiments.position_study import report as position_study
 from experiments.positions import report as positions
 from experiments.rate_recovery import report as rate_recovery
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results, write_figure, write_text
-from experiments.tables import Results, accuracy_at_depths, fill_tables, readmes, render_table
+from experiments.tables import SAYS, Results, accuracy_at_depths, fill_tables, readmes, render_table
 from liegroup_attn.plots import plot_accuracy_by_depth, plot_curves, plot_matrices
 
 __all__ = ["draw"]
@@ -61,7 +62,7 @@ def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
             continue
         folder = output / experiment
         table = folder / "table.md"
-        write_text(table, render_table(experiment, results))
+        write_text(table, says(SAYS, {experiment: render_table(experiment, results)}))
         written.append(table)
         for name, figure in _figures(experiment, results).items():
             path = folder / "figures" / f"{name}.png"

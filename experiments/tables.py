@@ -17,9 +17,15 @@ from experiments.positions.report import positions_tables
 from experiments.rate_recovery.report import recovery_tables
 from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results, write_text
 
-__all__ = ["accuracy_at_depths", "fill_tables", "other_tables", "readmes", "render_table"]
+__all__ = ["SAYS", "accuracy_at_depths", "fill_tables", "other_tables", "readmes", "render_table"]
 
 Results = dict[str, list[dict[str, Any]]]
+SAYS = {
+    "reachability": "Root finding: how many tokens name the root of their tree, in forests as deep as those of the training and "
+    "deeper.",
+    "language": "Text, byte by byte: how well the next byte is foretold.",
+    "digits": "Images of digits, 8 × 8 pixels: how many are recognised.",
+}
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

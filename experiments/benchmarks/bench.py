@@ -19,6 +19,7 @@ from experiments.benchmarks.measure import describe
 from experiments.benchmarks.parts import PARTS, Cell, Options
 from experiments.benchmarks.report import FOLDER
 from experiments.draw import draw
+from experiments.markdown import show
 from experiments.provenance import code_hash, device_name
 from experiments.results import read_json, write_json
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     for written in draw(output, [FOLDER]):
         console.print(f"wrote {written}")
-    console.print((output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (output / FOLDER / "table.md").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

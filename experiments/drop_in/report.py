@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.drop_in.checks import BOUNDS
+from experiments.markdown import says
 from experiments.results import read_json, write_text
 
 __all__ = ["FOLDER", "drop_in_tables", "load", "passed", "report"]
 
 FOLDER = "drop_in"
 LIBRARIES = ("torch.nn", "liegroup_attn", "transformers", "x_transformers", "litgpt")  # in the order of the table
+SAYS = {"drop_in": "Models of several libraries after convert_attention: what must hold, and whether it does."}
 Result = dict[str, Any]
 
 
@@ -32,7 +34,7 @@ def report(output: Path) -> list[Path]:
     if not tables:
         return []
     path = output / FOLDER / "table.md"
-    write_text(path, "\n".join(tables.values()))
+    write_text(path, says(SAYS, tables))
     return [path]
 
 

@@ -19,6 +19,7 @@ from experiments.draw import draw
 from experiments.drop_in.checks import CHECKS
 from experiments.drop_in.report import FOLDER, LIBRARIES, passed
 from experiments.drop_in.subjects import Subject, of_liegroup_attn, of_torch
+from experiments.markdown import show
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(args.output / FOLDER / "results" / f"{library}.json", _facts(library) | {"models": rows})
     for written in draw(args.output, [FOLDER]):
         console.print(f"wrote {written}")
-    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (args.output / FOLDER / "table.md").read_text())
     if failures:
         console.print("\n".join(failures), style="red", markup=False)
         sys.exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 from experiments import markdown
 from experiments.fine_tune.figures import figures
 from experiments.fine_tune.tasks import TASKS
+from experiments.markdown import says
 from experiments.results import read_runs, write_figure, write_text
 
 __all__ = ["FOLDER", "VARIANTS", "fine_tune_tables", "load", "report"]
@@ -23,6 +24,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "exponential": ("S (I − tQ)⁻¹", _EXPONENTIAL, "all"),
     "fixed_lie": ("S exp(tQ), flows alone", {}, "lie"),
     "exponential_lie": ("S (I − tQ)⁻¹, flows alone", _EXPONENTIAL, "lie"),
+}
+SAYS = {
+    f"{FOLDER}_{task}": f"{title}: a model trained with softmax, then trained on as it is and with flows put in."
+    for task, title in {"text": "Text", "forests": "Roots of random forests"}.items()
 }
 Results = dict[str, list[dict[str, Any]]]
 
@@ -44,7 +49,7 @@ def report(output: Path) -> list[Path]:
     if not tables:
         return []
     written = [folder / "table.md"]
-    write_text(written[0], "\n".join(tables.values()))
+    write_text(written[0], says(SAYS, tables))
     titles = {name: title for name, (title, _, _) in VARIANTS.items()}
     for task in TASKS:
         results = load(output, task)

@@ -29,6 +29,7 @@ from experiments.draw import draw
 from experiments.fine_tune.report import FOLDER, VARIANTS
 from experiments.fine_tune.tasks import TASKS
 from experiments.jobs import finished
+from experiments.markdown import show
 from experiments.provenance import code_hash, device_name
 from experiments.results import write_json
 from liegroup_attn.lightning import AtomicCheckpointIO, ByteCorpus, ExactResume, FineTune, GeneratorMonitor
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         told.setLevel(level)
     for written in draw(args.output, [FOLDER]):
         console.print(f"wrote {written}")
-    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (args.output / FOLDER / "table.md").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

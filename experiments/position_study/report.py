@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import markdown
+from experiments.markdown import says
 from experiments.position_study.figures import figures
 from experiments.results import read_runs, write_figure, write_text
 
@@ -35,6 +36,11 @@ CLAIMS: dict[str, list[tuple[str, str, Callable[[Run, Run], float]]]] = {
     ],
 }
 R2 = "{:z.2f}"
+SAYS = {
+    f"{FOLDER}_embeddings": "Tables of positions: what can be read from their rows by a straight line, and how alike near rows are.",
+    f"{FOLDER}_hidden": "Hidden states: what a model has learned, and what of positions can be read from its tokens by a straight line.",
+    f"{FOLDER}_claim": "The claim in parts: differences between decoder and encoder, and what they say.",
+}
 SIZE = 2.0  # standard deviations of untrained tables, below which a difference is none
 
 
@@ -59,7 +65,7 @@ def report(output: Path) -> list[Path]:
     if not results:
         return []
     written = [folder / "table.md"]
-    write_text(written[0], "\n".join(study_tables(output).values()))
+    write_text(written[0], says(SAYS, study_tables(output)))
     for mixing in dict.fromkeys(key[0] for key in results):
         own = {key[1:]: runs for key, runs in results.items() if key[0] == mixing}
         for name, figure in figures(own).items():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments.draw import draw
 from experiments.jobs import finished, run_all
+from experiments.markdown import show
 from experiments.position_study.probes import FOLDS
 from experiments.position_study.report import FOLDER
 from experiments.position_study.train import ENCODINGS, MIXINGS, ROLES, corpus_of, train
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for written in draw(args.output, [FOLDER]):
             console.print(f"wrote {written}")
-    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (args.output / FOLDER / "table.md").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

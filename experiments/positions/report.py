@@ -11,6 +11,7 @@ import torch
 from torchmetrics.functional import spearman_corrcoef
 
 from experiments import markdown
+from experiments.markdown import says
 from experiments.positions.encodings import ENCODINGS, MIXINGS, RESCALED, combined
 from experiments.positions.figures import dots, lines
 from experiments.positions.tasks import TASKS
@@ -22,6 +23,17 @@ FOLDER = "positions"
 NONE_YET = "No results are committed yet; `liegroup-attn positions` makes them.\n"
 LEARNED = 90.0  # percent
 Result = dict[str, Any]
+SAYS = {
+    f"{FOLDER}_text": "Text, bits per byte of whole sequences as long as those of the training and longer.",
+    f"{FOLDER}_text_last": "Text, bits per byte of the same bytes at every length, as many as were trained on.",
+    f"{FOLDER}_recall": "Recall, % of answers right, in sequences as long as those of the training and longer.",
+    f"{FOLDER}_counting": "Counting, % of answers right, in sequences as long as those of the training and longer.",
+    f"{FOLDER}_digits": "Images of digits, % recognised.",
+    f"{FOLDER}_recall_seeds": "Recall is learned or it is not: how many seeds have learned it.",
+    f"{FOLDER}_cost": "What an encoding costs: time and parameters.",
+    f"{FOLDER}_summary": "All tasks at the longest sequences.",
+    f"{FOLDER}_agreement": "Whether encodings stand in the same order under two ways of mixing: rank correlation of their means.",
+}
 Rows = dict[str, dict[str, list[Result]]]  # title of the encoding → mixing → runs by seed
 
 
@@ -62,8 +74,8 @@ def report(output: Path) -> list[Path]:
     if not results:
         return []
     written = [folder / "table.md"]
-    tables = positions_tables(output).items()
-    write_text(written[0], "\n".join(f"{name}\n\n{text}" for name, text in tables if text != NONE_YET))
+    tables = {name: text for name, text in positions_tables(output).items() if text != NONE_YET}
+    write_text(written[0], says(SAYS, tables))
     for task, runs in results.items():
         written.append(folder / "figures" / f"{task}.png")
         figure = (lines if task == "text" else dots)(rows(runs), TASKS[task].unit)

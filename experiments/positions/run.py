@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments.draw import draw
 from experiments.jobs import finished, run_all
+from experiments.markdown import show
 from experiments.positions.cell import Cell, run_cell
 from experiments.positions.encodings import ENCODINGS, IMAGE_ENCODINGS, MIXINGS, combined
 from experiments.positions.report import FOLDER
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         for written in draw(args.output, [FOLDER]):
             console.print(f"wrote {written}")
-    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (args.output / FOLDER / "table.md").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

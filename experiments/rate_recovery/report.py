@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import markdown
+from experiments.markdown import says
 from experiments.rate_recovery.figure import recovery_figure
 from experiments.results import read_runs, write_figure, write_text
 
@@ -23,6 +24,10 @@ TITLES = {
     "softplus": "maximum likelihood, softplus and plain Adam",
     "projected": "matrix logarithm, projected on the cone",
     "logarithm": "matrix logarithm",
+}
+SAYS = {
+    "rate_recovery": "How far estimated rates are from the truth.",
+    "rate_recovery_way": "What estimates lose on new transitions, what they cost, and how often the matrix logarithm is no generator.",
 }
 Result = dict[str, Any]
 
@@ -41,7 +46,7 @@ def report(output: Path) -> list[Path]:
     results, folder = load(output), output / FOLDER
     if not results:
         return []
-    write_text(folder / "table.md", "\n".join(recovery_tables(output).values()))
+    write_text(folder / "table.md", says(SAYS, recovery_tables(output)))
     write_figure(folder / "figures" / "recovery.png", recovery_figure(results), dpi=200)
     return [folder / "table.md", folder / "figures" / "recovery.png"]
 

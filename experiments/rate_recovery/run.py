@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.draw import draw
 from experiments.jobs import finished
+from experiments.markdown import show
 from experiments.provenance import code_hash, device_name
 from experiments.rate_recovery.bound import relative_bound
 from experiments.rate_recovery.estimators import ESTIMATORS, Found
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     for written in draw(args.output, [FOLDER]):
         console.print(f"wrote {written}")
-    console.print((args.output / FOLDER / "table.md").read_text(), markup=False, soft_wrap=True)
+    show(console, (args.output / FOLDER / "table.md").read_text())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

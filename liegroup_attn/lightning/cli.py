@@ -10,12 +10,14 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.cli import LightningCLI
 
 from liegroup_attn.errors import ConvergenceError
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.files import AtomicCheckpointIO, unusable
 from liegroup_attn.lightning.guard import ManifoldGuard
+from liegroup_attn.lightning.terminal import Summary, say
 
 __all__ = ["LieCLI", "main"]
 
@@ -50,8 +52,11 @@ liegroup-attn: attention that mixes tokens with exp(tQ)
 class LieCLI(LightningCLI):
     """LightningCLI for any module and data module, with exact resumption, generator monitor and manifold guard on.
 
+    Numbers of a test are printed in few lines.
     Checkpoints are written by ``AtomicCheckpointIO``, unless plugins or the strategy bring their own way.
     """
+
+    _says = False  # what Lightning was told not to print
 
     def __init__(self, callbacks: Sequence[L.Callback] | None = None, **options: Any) -> None:
         super().__init__(
@@ -66,11 +71,29 @@ class LieCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**options)
+        trainer: Any = super().instantiate_trainer(**options)
         # Not among the plugins: those of a config would take its place, and some strategies refuse any.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        for i, callback in enumerate(trainer.callbacks):
+            if type(callback) is RichModelSummary and not callback._summarize_kwargs:
+                trainer.callbacks[i] = Summary(callback._max_depth)
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        if given.get("verbose"):  # of validate and test: Lightning's table has a row for every number
+            given["verbose"], self._says = False, True
+        return given
+
+    def after_validate(self) -> None:
+        """Print the numbers, unless ``--verbose false``."""
+        if self._says:
+            say(self.trainer.callback_metrics)
+
+    def after_test(self) -> None:
+        """Print the numbers, unless ``--verbose false``."""
+        self.after_validate()
 
     def _parse_ckpt_path(self) -> None:
         # Lightning puts the checkpoint's hyperparameters over the config's: a softmax config with a checkpoint of Lie

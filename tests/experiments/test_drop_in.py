@@ -111,7 +111,7 @@ def test_command_json_and_table(tmp_path, capsys):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(OURS)
     assert all(line.count("|") == 3 + len(CHECKS) for line in lines)
-    assert (tmp_path / "drop_in" / "table.md").read_text() == table
+    assert (tmp_path / "drop_in" / "table.md").read_text().endswith(f"\n\n{table}")
     assert "✗" not in table.splitlines()[2]
 
     result["models"]["Transformer"]["no future leak"] = 0.1  # a failure is not hidden
