@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -229,7 +230,7 @@ def test_exact_resume_keeps_every_generator_and_loads_with_weights_only():
     callback = ExactResume()
     callback.load_state_dict(torch.load(file, weights_only=True))
     draw()
-    callback.on_train_batch_start(None, None, None, 0)
+    callback.on_train_batch_start(SimpleNamespace(train_dataloader=[]), None, None, 0)
     assert draw() == expected
     callback.on_train_batch_start(None, None, None, 1)  # once: the next batch goes on
     assert draw() != expected
