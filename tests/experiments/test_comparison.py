@@ -113,7 +113,11 @@ def test_results_of_several_configurations_do_not_mix(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"budget": "full"}, {"data": {"sha256": "other"}}, {"config": {**_result("exp", 0)["config"], "trainer": {"precision": "bf16-mixed"}}}],
+    [
+        {"budget": "full"},
+        {"data": {"sha256": "other"}},
+        {"config": {**_result("exp", 0)["config"], "trainer": {"precision": "bf16-mixed"}}},
+    ],
 )
 def test_results_of_several_settings_do_not_stand_in_one_table(tmp_path, change):
     _write(tmp_path, _result("exp", 0), _result("softmax", 0) | change)
