@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.errors import ConvergenceError, GeneratorError, pick
 
 __all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock", "clock_from"]
 
@@ -59,13 +62,6 @@ class Clock(ABC):
         return f"{type(self).__name__}()"
 
 
-def _lump(weights: Tensor) -> Tensor:
-    """(K, ...) weights before K → (K + 1, ...) with the rest on the last."""
-    rest = (1 - weights.sum(0, keepdim=True)).clamp_min(0)
-    lumped = torch.cat([weights, rest])
-    return lumped / lumped.sum(0, keepdim=True)  # thousands of weights do not sum to 1 exactly
-
-
 class FixedClock(Clock):
     """τ = t: the mixing matrix is exp(tQ) and the number of hops is Poisson(θ).
 
@@ -81,33 +77,17 @@ class FixedClock(Clock):
     def terms(self, theta: float, tol: float) -> int:  # noqa: D102
         if theta == 0:
             return 0
-        # Sum the tail from far out, where terms are tiny: 1 − Σ would lose every digit below 1e-16.
-        k = math.ceil(theta + 12 * math.sqrt(theta) + 40)
-        if k > _MOST_TERMS:
-            raise ConvergenceError(
-                f"time: expected a mean number of hops under about {_MOST_TERMS}, got {theta:g}; use method=MatrixExp()"
-            )
-        tail = 0.0
-        while k > 1:
-            p_k = math.exp(-theta + k * math.log(theta) - math.lgamma(k + 1))
-            if tail + p_k > tol:
-                return k
-            tail += p_k
-            k -= 1
-        return 1
+        if theta > _MOST_TERMS:
+            _raise(theta, _MOST_TERMS)
+        log_theta = math.log(theta)
+
+        def log_p(k: int) -> float:
+            return -theta + k * log_theta - math.lgamma(k + 1)
+
+        return _smallest(log_p, lambda k: theta / (k + 1), math.ceil(theta), tol) or _raise(theta, _MOST_TERMS)
 
     def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
-        theta = theta.to(torch.float64)
-        if terms == 0:
-            return torch.ones_like(theta).unsqueeze(0)
-        k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
-        # Two forms, each on the side where its value and its gradient are finite: the powers at θ = 0, the
-        # logarithms where e^{−θ} would underflow.
-        near = theta.clamp_max(1.0)
-        small = torch.exp(-near) * near**k / torch.exp(torch.lgamma(k + 1))
-        far = theta.clamp_min(1.0)
-        large = torch.exp(-far + k * far.log() - torch.lgamma(k + 1))
-        return _lump(torch.where(theta < 1, small, large))
+        return _weights(theta, 0, terms)
 
 
 class ErlangClock(Clock):
@@ -145,43 +125,14 @@ class ErlangClock(Clock):
         s, log_onward = self.resolvents, -math.log1p(self.resolvents / theta)
         start = s * -math.log1p(theta / s)
 
-        def p(k: int) -> float:
-            return math.exp(math.lgamma(k + s) - math.lgamma(s) - math.lgamma(k + 1) + start + k * log_onward)
+        def log_p(k: int) -> float:
+            return math.lgamma(k + s) - math.lgamma(s) - math.lgamma(k + 1) + start + k * log_onward
 
-        # As for the fixed clock: from far out, where the sum of all that follows is known to be nothing.
-        def is_far(k: int) -> bool:
-            ratio = math.exp(log_onward) * (k + s) / (k + 1)  # falls with k: the tail is under a geometric one
-            return ratio < 1 and p(k) / (1 - ratio) < 1e-20 * tol
-
-        k = s
-        while not is_far(k):
-            k *= 2
-            if k > 4 * _MOST_TERMS:
-                raise ConvergenceError(
-                    f"time: expected a mean number of hops under about 1000, got {theta:g}; use method=MatrixExp()"
-                )
-        tail = 0.0
-        while k > 1:
-            if tail + p(k) > tol:
-                return k
-            tail += p(k)
-            k -= 1
-        return 1
+        # The ratio of terms falls with k: the tail is under a geometric one.
+        return _smallest(log_p, lambda k: math.exp(log_onward) * (k + s) / (k + 1), s, tol) or _raise(theta, 1000)
 
     def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
-        theta, s = theta.to(torch.float64), self.resolvents
-        if terms == 0:
-            return torch.ones_like(theta).unsqueeze(0)
-        k = torch.arange(1, terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
-        # As for the fixed clock: products at θ = 0, logarithms where factors would overflow or underflow. p_k over
-        # p_{k−1} is γ(k + s − 1)/k.
-        near, far = theta.clamp_max(1.0), theta.clamp_min(1.0)
-        one = torch.ones_like(theta).unsqueeze(0)
-        ratios = torch.cat([one, near / (s + near) * (k + s - 1) / k])
-        small = (s / (s + near)) ** s * ratios.cumprod(0)
-        steps = (far / (s + far)).log() + ((k + s - 1) / k).log()
-        large = torch.exp(s * torch.log(s / (s + far)) + torch.cat([0 * one, steps]).cumsum(0))
-        return _lump(torch.where(theta < 1, small, large))
+        return _weights(theta, self.resolvents, terms)
 
 
 class ExponentialClock(ErlangClock):
@@ -200,15 +151,94 @@ class ExponentialClock(ErlangClock):
     def terms(self, theta: float, tol: float) -> int:  # noqa: D102
         if theta == 0:
             return 0
-        k = math.ceil(-math.log(tol) / math.log1p(1 / theta)) - 1
-        if k > _MOST_TERMS:
-            raise ConvergenceError(
-                f"time: expected a mean number of hops under about 1000, got {theta:g}; use method=MatrixExp()"
-            )
-        return max(k, 1)
+        wanted = -math.log(tol) / math.log1p(1 / theta) - 1
+        return max(math.ceil(wanted), 1) if wanted <= _MOST_TERMS else _raise(theta, 1000)
 
     def __repr__(self) -> str:
         return "ExponentialClock()"
+
+
+def _smallest(log_p: Callable[[int], float], ratio: Callable[[int], float], start: int, tol: float) -> int:
+    """Smallest K ≥ 1 with Σ_{k>K} p_k ≤ tol, 0 if it's more than the most; p_{k+1}/p_k falls with k."""
+    k, least = max(start, 1), math.log(tol)
+    # Sum the tail from far out, where all that follows is known to be nothing: 1 − Σ would lose every digit below 1e-16.
+    # In units of tol, which may be below the least number that the sum could hold.
+    while not (ratio(k) < 1 and log_p(k) - math.log1p(-ratio(k)) < least - 46):
+        k *= 2
+        if k > 4 * _MOST_TERMS:
+            return 0
+    tail = 0.0
+    while k > 1 and (tail := tail + math.exp(min(log_p(k) - least, 1.0))) <= 1:
+        k -= 1
+    return k if k <= _MOST_TERMS else 0
+
+
+def _raise(theta: float, most: int) -> int:
+    raise ConvergenceError(
+        f"time: expected a mean number of hops under about {most}, got {theta:g}; use method=MatrixExp()"
+    )
+
+
+def _weights(theta: Tensor, shape: int, terms: int) -> Tensor:
+    """The law of the number of hops as in ``Clock.hop_weights``; shape s of an Erlang clock, 0 for the fixed one."""
+    found: Tensor = pick(_Weights, _WeightsForwardAD).apply(theta.to(torch.float64), shape, terms)
+    return found
+
+
+class _Weights(torch.autograd.Function):
+    """Weights of hops whose derivatives of every order are laws of hops again, hence finite wherever they are.
+
+    d/dθ E f(N) = E[f(N' + 1) − f(N')]: N' is Poisson(θ) as N; for Erlang times it belongs to τ weighted by its own size,
+    which has shape s + 1 and mean θ(s + 1)/s. (Powers θᵏ would have NaN for a second derivative at θ = 0.)
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theta: Tensor, shape: int, terms: int) -> Tensor:
+        return _lumped(theta, shape, terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        theta, ctx.shape, ctx.terms = inputs
+        ctx.save_for_backward(theta)
+        ctx.save_for_forward(theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (theta,) = ctx.saved_tensors
+        return (_by_size(theta, ctx.shape, ctx.terms) * (grad[1:] - grad[:-1])).sum(0), None, None
+
+
+class _WeightsForwardAD(_Weights):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (theta,) = ctx.saved_tensors
+        moved = _by_size(theta, ctx.shape, ctx.terms) * tangent  # (K, ...)
+        return F.pad(moved, [0, 0] * theta.dim() + [1, 0]) - F.pad(moved, [0, 0] * theta.dim() + [0, 1])
+
+
+def _by_size(theta: Tensor, shape: int, terms: int) -> Tensor:
+    """P(N' = k) for k < K: (K, ...)."""
+    return _weights(theta * ((shape + 1) / shape) if shape else theta, shape + 1 if shape else 0, terms)[:-1]
+
+
+def _lumped(theta: Tensor, shape: int, terms: int) -> Tensor:
+    """p_0 … p_{K−1} and the rest on p_K, (K + 1, ...)."""
+    if terms == 0:
+        return torch.ones_like(theta).unsqueeze(0)
+    k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
+    if shape:
+        log_stay, log_onward = -torch.log1p(theta / shape), -torch.log1p(shape / theta)
+        counted = ((k + shape - 1) / k).log().where(k > 0, 0).cumsum(0)  # no difference of large logarithms
+        first = shape * log_stay
+    else:
+        log_onward, counted, first = theta.log(), -torch.lgamma(k + 1), -theta
+    log_onward = log_onward.clamp_min(-1e300)  # −∞ at θ = 0, and 0 · ∞ is no number
+    weights = (first + counted + k * log_onward).exp()
+    rest = (1 - weights.sum(0, keepdim=True)).clamp_min(0)
+    lumped = torch.cat([weights, rest])
+    return lumped / lumped.sum(0, keepdim=True)  # thousands of weights do not sum to 1 exactly
 
 
 def clock_from(name: str) -> Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,12 @@ def differentiated(tensor: Tensor) -> bool:
     if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def pick(reverse: Any, forward: Any) -> Any:
+    """A Function without, or with, a rule for forward mode."""
+    # torch.compile refuses a Function that has a forward-mode rule of its own.
+    return reverse if torch.compiler.is_compiling() else forward
 
 
 def fits(shape: torch.Size, into: torch.Size) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -89,8 +90,8 @@ class HopMethod(Method):
             return self.max_terms
         tol = default_tol(dtype) if self.tol is None else self.tol
         terms = clock.terms(longest(theta), tol)
-        if differentiated(theta):  # at θ = 0 the value needs no hop, the gradient needs one
-            terms = max(terms, 1)
+        if terms or differentiated(theta):  # a value near θ = 0 needs no second hop, a second derivative there does
+            terms = max(terms, 2)
         if self.max_terms is not None and terms > self.max_terms:
             raise ConvergenceError(
                 f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
@@ -98,21 +99,46 @@ class HopMethod(Method):
         return terms
 
 
+def mean_hops(time: Tensor, generator: Generator) -> Tensor:
+    """θ = Λt in float64, which holds what half precision and float32 do not."""
+    bound = generator.rate_bound()
+    return time.to(torch.float64) * (bound.to(torch.float64) if isinstance(bound, Tensor) else bound)
+
+
 def longest(theta: Tensor) -> float:
-    """The largest mean number of hops; waits for a GPU.
+    """The largest mean number of hops; waits for a GPU. On meta, where there are no values, 1.
 
     Raises:
-        GeneratorError: under vmap, where one tensor stands for many.
+        GeneratorError: not finite; or under vmap, where one tensor stands for many.
     """
-    try:
-        return float(theta.detach().max()) if theta.numel() else 0.0
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
+    found = _largest(theta)
+    if found is None:
         raise GeneratorError(
             "time: expected one that can be looked at to count hops, got one that vmap maps; fix their number with "
             "method=Uniformization(max_terms=K) or CausalSweep(max_terms=K), or give several times in front of the batch"
-        ) from None
+        )
+    return found
+
+
+def seen(theta: Tensor) -> float:
+    """``longest``, or 0 where it cannot be looked at: under vmap and under torch.compile, whose graph would break."""
+    return 0.0 if torch.compiler.is_compiling() else _largest(theta) or 0.0
+
+
+def _largest(theta: Tensor) -> float | None:
+    if theta.is_meta or not theta.numel():
+        return float(theta.is_meta)
+    try:
+        found = float(theta.detach().max())
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        return None
+    if not math.isfinite(found):
+        raise GeneratorError(
+            f"time: expected a finite mean number of hops, time × rates, got {found:g}; make the time or the rates smaller"
+        )
+    return found
 
 
 def default_tol(dtype: torch.dtype) -> float:
@@ -120,9 +146,18 @@ def default_tol(dtype: torch.dtype) -> float:
     return min(torch.finfo(dtype).eps, 1e-3)
 
 
-def working_dtype(value: Tensor) -> torch.dtype:
-    """At least float32: half precision would round every hop."""
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+_MANY = 64  # hops, each of which leaves rows of 1 a rounding unit off
+
+
+def working_dtype(value: Tensor, hops: int = 0) -> torch.dtype:
+    """At least float32, since half precision would round every hop; float64 where there are many."""
+    return torch.float64 if value.dtype == torch.float64 or hops > _MANY else torch.float32
+
+
+def within(time: Tensor, dtype: torch.dtype) -> Tensor:
+    """A time that another dtype can hold, with room for products: beyond it nothing changes any more."""
+    own = time.dtype if time.is_floating_point() else dtype
+    return time.clamp_max(min(torch.finfo(own).max, torch.finfo(dtype).max) ** 0.8)
 
 
 def per_row(time: Tensor) -> bool:

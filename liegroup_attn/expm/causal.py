@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liegroup_attn.expm.jumps import Plan, Rows, jumped_from, pick, pushes, reverse_block, run_block
+from liegroup_attn.errors import pick
+from liegroup_attn.expm.jumps import Plan, Rows, jumped_from, pushes, reverse_block, run_block
 
 __all__ = ["causal_jumps", "extend_jumps"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.expm.base import Method, default_tol, longest, per_row
+from liegroup_attn.expm.base import Method, default_tol, longest, mean_hops, per_row
 from liegroup_attn.expm.dense import MatrixExp
 from liegroup_attn.expm.low_rank import LowRank
 from liegroup_attn.expm.polynomial import products
@@ -87,7 +87,7 @@ class Automatic(Method):
         if solvable and generator.is_causal:
             return CausalSweep() if sweepable else TriangularSolve()
         sweepable = sweepable and clock.resolvents is None and not generator.dropout_p
-        hops_at_most = longest(time * generator.rate_bound()) if self.longest is None else self.longest
+        hops_at_most = longest(mean_hops(time, generator)) if self.longest is None else self.longest
         tol = default_tol(value.dtype) if self.tol is None else self.tol
         batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2], time.shape[:-1])
         formed = isinstance(generator, DenseGenerator) or (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Rows", "columns", "iterates", "jumped_from", "pick", "pushes", "reverse_block", "run_block", "step"]
+__all__ = ["Plan", "Rows", "columns", "iterates", "jumped_from", "pushes", "reverse_block", "run_block", "step"]
 
 
 class Plan(NamedTuple):
@@ -41,20 +41,22 @@ def step(x: Tensor, jump: Tensor, onward: Tensor | None, implicit: bool) -> Tens
     """The next iterate: x the one before, jump from it (explicit) or from the next itself (implicit)."""
     if onward is None:
         return jump
-    a = onward.unsqueeze(-1)
-    return (x + a * jump) / (1 + a) if implicit else x + a * (jump - x)
+    if not implicit:
+        return x + onward.unsqueeze(-1) * (jump - x)
+    stay, go = shares(onward)
+    return stay.unsqueeze(-1) * x + go.unsqueeze(-1) * jump
+
+
+def shares(onward: Tensor) -> tuple[Tensor, Tensor]:
+    """1/(1 + a) and a/(1 + a), (B, N): (1 + a)X = X₀ + aJ in numbers of which none is large."""
+    stay = 1 / (1 + onward)
+    return stay, onward * stay
 
 
 def jumped_from(value: Tensor, jumps: Tensor, onward: Tensor | None, plan: Plan) -> Tensor:
     """The iterates that the jumps were taken from, side by side: (B, N, M·D)."""
     found = iterates(value, jumps, onward, plan)
     return torch.cat(found[1:] if plan.implicit else found[:-1], -1)
-
-
-def pick(reverse: Any, forward: Any) -> Any:
-    """A Function without, or with, a rule for forward mode."""
-    # torch.compile refuses a Function that has a forward-mode rule of its own.
-    return reverse if torch.compiler.is_compiling() else forward
 
 
 class Rows(NamedTuple):
@@ -66,14 +68,15 @@ class Rows(NamedTuple):
 
 
 def system_of(rows: Rows, onward: Tensor) -> Tensor:
-    """The block's triangle of I + diag(a)(I − S).
+    """The block's triangle of (I + diag(a)(I − S)) / (1 + a).
 
-    The diagonal 1 + a_i Σ_{j<i} S_ij is summed, not 1 + a_i(1 − S_ii): nothing cancels, and each solution is a convex
-    combination however large a is.
+    The diagonal (1 + a_i Σ_{j<i} S_ij) / (1 + a_i) is summed, not 1 + a_i(1 − S_ii): nothing cancels, and each solution is
+    a convex combination however large a is.
     """
+    stay, go = shares(onward)
     below = rows.here.tril(-1)
     leave = rows.before.sum(-1) + below.sum(-1)
-    return torch.diag_embed(1 + onward * leave) - onward.unsqueeze(-1) * below
+    return torch.diag_embed(stay + go * leave) - go.unsqueeze(-1) * below
 
 
 def run_block(
@@ -98,11 +101,13 @@ def run_block(
         Jumps, and the iterates they were taken from: (B, b, M·D) each.
     """
     jumps, kept = [], []
-    system = system_of(rows, onward) if plan.implicit and onward is not None else None
+    if plan.implicit and onward is not None:  # an implicit plan has an a
+        system = system_of(rows, onward)
+        stay, go = (part.unsqueeze(-1) for part in shares(onward))
     for m, far in enumerate(columns(seen, plan.jumps)):
-        if system is not None and onward is not None:
-            right = x + onward.unsqueeze(-1) * far
-            right = right if push is None else right + push[m]
+        if plan.implicit:
+            right = stay * x + go * far
+            right = right if push is None else right + stay * push[m]
             x = torch.linalg.solve_triangular(system, right, upper=False)
             jump = far + rows.here @ x
             kept.append(x)
@@ -127,17 +132,20 @@ def reverse_block(
     """The recursion backwards inside one block: h (B, b, M·D), gradient of X_0 (B, b, D) and of a (B, b)."""
     later = later if isinstance(later, Tensor) else torch.zeros_like(grad)
     transposed = rows.here.mT
-    system = system_of(rows, onward).mT if plan.implicit and onward is not None else None
+    if plan.implicit and onward is not None:  # an implicit plan has an a
+        system = system_of(rows, onward).mT
+        stay, go = (part.unsqueeze(-1) for part in shares(onward))
     parts = zip(*(columns(t, plan.jumps) for t in (later, wide, jumps, grad)), strict=True)
     a = None if onward is None else onward.unsqueeze(-1)
     w: Any = None  # gradient of the iterate
     d_onward: Any = 0.0
     found = []
     for far, x, jump, g in reversed(list(parts)):
-        if system is not None and a is not None:
+        if plan.implicit:
             arriving = far + transposed @ g
             w = torch.linalg.solve_triangular(system, arriving if w is None else arriving + w, upper=True)
-            h = g + a * w
+            h = g + go * w
+            w = stay * w
             d_onward = d_onward + (w * (jump - x)).sum(-1)
         else:
             h = g if w is None else g + w if a is None else g + a * w

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import Method, longest, per_row, working_dtype
+from liegroup_attn.expm.dense import resolvent
 from liegroup_attn.generators import Generator, LowRankGenerator
 
 __all__ = ["LowRank"]
@@ -56,7 +58,12 @@ class LowRank(Method):
             absorbed = (targets.mT @ still.to(dtype)).to(torch.float64) / unit
             chain = (targets.mT @ sources).to(torch.float64) * (unit.mT / unit)  # (..., r, r)
             chain = chain * _correction(share - absorbed, chain @ share)
-            kept, moving, resting = _mixing(chain, theta, clock)
+            # One more state for what is absorbed. Rows then have sums that are known, over features that have mass: rounding
+            # cannot leave them, after however many hops.
+            chain = F.pad(torch.cat([chain, absorbed], -1), (0, 0, 0, 1))
+            chain = chain + F.pad(chain.new_ones(1, 1), (chain.size(-1) - 1, 0, chain.size(-1) - 1, 0))
+            kept, *found = _mixing(chain, F.pad(share, (0, 0, 0, 1), value=1.0), theta, clock)
+            moving, resting = (x[..., :-1, :-1] for x in found)
             # A feature without mass has a row of rounding, which must not be brought to 1.
             correction = _correction((1 - kept) * share, moving @ (share - absorbed) + resting @ absorbed)
 
@@ -88,7 +95,7 @@ def _check(generator: Generator, time: Tensor) -> tuple[LowRankGenerator, Tensor
         raise ShapeError(
             f"time: expected one time per matrix, (..., 1), for LowRank, got {tuple(time.shape)}; use Uniformization()"
         )
-    theta = torch.atleast_1d(time.to(rate) * rate)
+    theta = torch.atleast_1d(time.to(rate) * rate).clamp_max(1e300)  # beyond, nothing changes but what overflows
     return generator, theta.unsqueeze(-1)
 
 
@@ -97,27 +104,24 @@ def _correction(wanted: Tensor, got: Tensor) -> Tensor:
     return (wanted / got.where(got > 0, 1)).where((got > 0) & (wanted > 0), 1).detach()
 
 
-def _mixing(chain: Tensor, theta: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
+def _mixing(chain: Tensor, sums: Tensor, theta: Tensor, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
     """p₀, A, B of one resolvent, or of the fixed clock, with Y = p₀V + U(A WᵀV_moving + B WᵀV_still) for rows that move; A, B are (..., r, r), ≥ 0."""
     if isinstance(clock, FixedClock):
-        return _fixed(chain, theta)
+        return _fixed(chain, sums, theta)
     if clock.resolvents is not None:
         theta = theta / clock.resolvents
-        onward = theta / (1 + theta)
-        eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
-        # The transpose is column diagonally dominant: no pivot.
-        resting = onward * torch.linalg.inv(eye - onward * chain.mT).mT
-        return 1 / (1 + theta), resting / (1 + theta), resting
+        mixing = resolvent(chain, theta, sums=sums)
+        return 1 / (1 + theta), theta / (1 + theta) * mixing, theta * mixing
     raise GeneratorError(
         f"clock: expected FixedClock, ExponentialClock or ErlangClock for LowRank, got {clock!r}; use method=Uniformization()"
     )
 
 
-def _fixed(chain: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fixed(chain: Tensor, sums: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A = ∫₀^θ e^{−(θ−s)} e^{s(M−I)} ds = e^{−θ} θ φ₁(θM) and B = ∫₀^θ e^{s(M−I)} ds: a Poisson sum, then doublings."""
     most = longest(theta)
     doublings = max(0, math.ceil(math.log2(most))) if most > 0 else 0
-    weights = FixedClock().hop_weights(theta / 2**doublings, _TERMS)  # (K + 1, ..., 1, 1)
+    weights = FixedClock().hop_weights(theta * 2.0**-doublings, _TERMS)  # (K + 1, ..., 1, 1)
     beyond = weights.flip(0).cumsum(0).flip(0)  # P(hops ≥ k)
     powers = [torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device).expand_as(chain)]
     for _ in range(_TERMS - 1):
@@ -131,5 +135,6 @@ def _fixed(chain: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         moving = kept * moving + moving @ flow
         resting = resting + resting @ flow
         flow = flow @ flow
+        flow = flow * _correction(sums, flow @ sums)
         kept = kept * kept
     return kept, moving, resting

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, mix_by, per_row
+from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, mean_hops, mix_by, per_row
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 
@@ -58,17 +58,27 @@ class ScalingSquaring(HopMethod):
             raise ShapeError(
                 f"time: expected one time per head, (..., 1), for ScalingSquaring, got {tuple(time.shape)}; use Uniformization()"
             )
-        theta = time * generator.rate_bound()
+        theta = mean_hops(time, generator)
         chain = hop_matrix(*generator.uniformized())
         with torch.autocast(chain.device.type, enabled=False):
             tol = torch.finfo(chain.dtype).eps if self.tol is None else self.tol
             degree, squarings = squaring_plan(longest(theta) if self.max_theta is None else self.max_theta, tol)
-            mixing = matrix_polynomial(clock.hop_weights(theta / 2**squarings, degree).to(chain.device), chain)
-            for _ in range(squarings):
-                mixing = mixing @ mixing
-                # Squaring doubles the error of a row sum, the only one that would grow; it is known, so put back.
-                mixing = mixing / mixing.sum(-1, keepdim=True)
-        return mixing
+            weights = clock.hop_weights(scaled(theta, squarings), degree).to(chain.device)
+            return squared(matrix_polynomial(weights, chain), squarings)
+
+
+def scaled(theta: Tensor, squarings: int) -> Tensor:
+    """θ/2ˢ; in two factors, of which no number of squarings makes a 0."""
+    return theta * 2.0 ** -(squarings // 2) * 2.0 ** -(squarings - squarings // 2)
+
+
+def squared(mixing: Tensor, times: int) -> Tensor:
+    """A stochastic matrix to the power 2ˢ."""
+    for _ in range(times):
+        mixing = mixing @ mixing
+        # Squaring doubles the error of a row sum, the only one that would grow; it is known, so put back.
+        mixing = mixing / mixing.sum(-1, keepdim=True)
+    return mixing
 
 
 def squaring_plan(theta: float, tol: float) -> tuple[int, int]:
@@ -93,16 +103,16 @@ def squaring_plan(theta: float, tol: float) -> tuple[int, int]:
             f"time: expected a finite mean number of hops, got {theta:g}; check the time and the rates"
         )
     best = (math.inf, 0, 0)
-    first = max(0, math.ceil(math.log2(max(theta, 1e-300))) - 2)
-    for squarings in range(first, first + 12):
-        part = theta / 2**squarings
+    squarings = max(0, math.ceil(math.log2(max(theta, 1e-300))) - 2)
+    while squarings < best[0]:  # each further one costs a product, and any number is reached in the end
+        log_part = math.log(max(theta, 1e-300)) - squarings * math.log(2)
+        part = math.exp(log_part)
         for degree in (2, 3, 5, 8, 11):  # the highest for their number of products
             # The tail of Pois(θ/2ˢ) past the degree is under its first term for θ/2ˢ ≤ 4 … but for a factor below.
-            log_term = (degree + 1) * math.log(max(part, 1e-300)) - part - math.lgamma(degree + 2)
+            log_term = (degree + 1) * log_part - part - math.lgamma(degree + 2)
             log_tail = log_term - math.log1p(-min(part / (degree + 2), 0.9))
             if log_tail + squarings * math.log(2) <= math.log(tol):
-                cost = products(degree) + squarings
-                if cost < best[0]:
-                    best = (cost, degree, squarings)
+                best = min(best, (products(degree) + squarings, degree, squarings))
                 break
+        squarings += 1
     return best[1], best[2]

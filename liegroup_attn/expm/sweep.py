@@ -9,7 +9,14 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import HopMethod, flatten_batch, mixture, per_row, working_dtype
+from liegroup_attn.expm.base import (
+    HopMethod,
+    flatten_batch,
+    mixture,
+    per_row,
+    within,
+    working_dtype,
+)
 from liegroup_attn.expm.causal import causal_jumps, extend_jumps
 from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.kernels import kernels_available
@@ -88,9 +95,10 @@ class CausalSweep(HopMethod):
                 "put what varies by token into jump_rates, or use Uniformization()"
             )
         with torch.autocast(value.device.type, enabled=False):
-            dtype = torch.promote_types(working_dtype(value), working_dtype(generator.query))
+            hops = 0 if clock.resolvents else self.count_hops(time, value.dtype, clock)
+            dtype = torch.promote_types(working_dtype(value, hops), working_dtype(generator.query))
             batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
-            run = self._prepare(generator.jump_rates, value, time, clock, first_hop, batch, dtype)
+            run = self._prepare(generator.jump_rates, value, time, clock, hops, first_hop, batch, dtype)
             query, key = (flatten_batch(run.batch, x) for x in (generator.query, generator.key))
             if not run.plan.jumps:  # time 0, and no derivative by it
                 jumps = run.value[..., :0]
@@ -147,7 +155,8 @@ class CausalSweep(HopMethod):
         """
         with torch.autocast(value.device.type, enabled=False):
             dtype = past.dtype
-            run = self._prepare(jump_rates, value, time, clock, first_hop, value.shape[:-2], dtype)
+            hops = 0 if clock.resolvents else self.count_hops(time, value.dtype, clock)
+            run = self._prepare(jump_rates, value, time, clock, hops, first_hop, value.shape[:-2], dtype)
             query, key, past = (flatten_batch(run.batch, x.to(dtype)) for x in (query, key, past))
             query = (query.size(-1) ** -0.5 if scale is None else scale) * query
             bias = None if attn_mask is None else _causal_bias(attn_mask, query.size(-2), key.size(-2), dtype)
@@ -162,6 +171,7 @@ class CausalSweep(HopMethod):
         value: Tensor,
         time: Tensor,
         clock: Clock,
+        hops: int,
         first_hop: bool,
         batch: torch.Size,
         dtype: torch.dtype,
@@ -169,13 +179,12 @@ class CausalSweep(HopMethod):
         onward, weights = jump_rates, None
         joint = first_hop and not per_row(time)
         if clock.resolvents is None:
-            hops = self.count_hops(time, value.dtype, clock)
             plan = Plan(hops + joint, False, self.block_size)
             weights = clock.hop_weights(time, hops)
         else:
             plan = Plan(clock.resolvents, True, self.block_size)
             batch = torch.broadcast_shapes(batch, time.shape[:-1])
-            onward = time.to(value.device, dtype) / clock.resolvents
+            onward = within(time, dtype).to(value.device, dtype) / clock.resolvents
             onward = onward if jump_rates is None else onward * jump_rates.to(dtype)
             onward = onward if onward.dim() else onward.unsqueeze(0)
         if onward is not None:

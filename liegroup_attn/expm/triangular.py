@@ -7,7 +7,8 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm.base import Method, per_row, working_dtype
+from liegroup_attn.expm.base import Method, per_row, within, working_dtype
+from liegroup_attn.expm.jumps import Plan, Rows, columns, run_block
 from liegroup_attn.generators import Generator
 
 __all__ = ["TriangularSolve"]
@@ -48,17 +49,17 @@ class TriangularSolve(Method):
             )
         if not generator.is_causal:
             raise GeneratorError("generator: expected is_causal=True for TriangularSolve, got False; use MatrixExp()")
-        dense = generator.dense()
+        chain, onward = generator.uniformized()
         with torch.autocast(value.device.type, enabled=False):
-            time = time.to(dense) / clock.resolvents
-            eye = torch.eye(generator.num_states, dtype=dense.dtype, device=dense.device)
-            system = eye - (time.unsqueeze(-1) if time.dim() else time) * dense
-            dtype = torch.promote_types(dense.dtype, working_dtype(value))
-            wide = value.to(dtype)
-            shape = torch.broadcast_shapes(system.shape[:-2], wide.shape[:-2])
-            system = system.to(dtype).expand(*shape, *system.shape[-2:])
-            wide = wide.expand(*shape, *wide.shape[-2:])
-            for _ in range(clock.resolvents):
-                wide = torch.linalg.solve_triangular(system, wide, upper=False)
+            dtype = torch.promote_types(chain.dtype, working_dtype(value))
+            theta = within(time * generator.rate_bound(), dtype).to(value.device, dtype) / clock.resolvents
+            onward = theta if onward is None else theta * onward.to(dtype)
+            batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2], onward.shape[:-1])
+            chain, wide = chain.to(dtype).expand(*batch, -1, -1), value.to(dtype).expand(*batch, -1, -1)
+            onward = onward.expand(*batch, generator.num_states)
+            # All rows are one block, before which nothing is known.
+            seen = wide.new_zeros(*wide.shape[:-1], clock.resolvents * wide.size(-1))
+            plan = Plan(clock.resolvents, implicit=True)
+            wide = columns(run_block(Rows(chain, chain[..., :0], chain), seen, onward, wide, plan)[1], plan.jumps)[-1]
         mixed = wide.to(value.dtype)
         return generator.jump(mixed) if first_hop else mixed

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import fits
-from liegroup_attn.expm.base import HopMethod, flatten_batch, hop_matrix, mixture, per_row, working_dtype
+from liegroup_attn.expm.base import (
+    HopMethod,
+    flatten_batch,
+    hop_matrix,
+    mean_hops,
+    mixture,
+    per_row,
+    working_dtype,
+)
 from liegroup_attn.expm.formed import formed_jumps
 from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
@@ -53,18 +61,15 @@ class Uniformization(HopMethod):
         self.formed = formed
 
     def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
-        bound = generator.rate_bound()
-        theta = time * bound  # mean number of hops
+        theta = mean_hops(time, generator)
         hops = self.count_hops(theta, value.dtype, clock)
         weights = clock.hop_weights(theta, hops)  # (K + 1, ...)
-        wide = value.to(working_dtype(value))
+        wide = value.to(working_dtype(value, hops))
         if self.formed and not generator.dropout_p:
-            mixed = _hop_on_formed(generator, wide, weights, first_hop)
-            return mixed.to(value.dtype)
+            return _hop_on_formed(generator, wide, weights, first_hop).to(value.dtype)
         terms = [wide]
         for _ in range(hops):
-            step = generator.apply(terms[-1])
-            terms.append(terms[-1] + step / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound))
+            terms.append(generator.hop(terms[-1]))
         mixed = mixture(weights, terms)
         return (generator.jump(mixed) if first_hop else mixed).to(value.dtype)
 
@@ -74,7 +79,9 @@ def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_h
     at_hand = generator.jumps_on_uniformized  # S itself is formed
     with torch.autocast(value.device.type, enabled=False):
         batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2])
-        chain = chain.to(torch.promote_types(chain.dtype, value.dtype))
+        if value.dtype != chain.dtype:  # rows of 1 to a rounding unit of the wider dtype
+            chain = chain.to(torch.promote_types(chain.dtype, value.dtype))
+            chain = chain / chain.sum(-1, keepdim=True).detach()
         wide = value.to(chain.dtype)
         one_a_matrix = fits(weights.shape[1:-1], chain.shape[:-2]) and not per_row(weights[0])
         # S Σ p_k X_k = Σ p_k J_k: the first hop is one jump more from each iterate, if one p serves all rows.

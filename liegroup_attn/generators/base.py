@@ -55,15 +55,37 @@ class Generator(ABC):
             (..., N, N), float32 or float64.
         """
 
+    def unit(self) -> Tensor:
+        """Q/Λ, Λ the ``rate_bound``: entries of which none is large.
+
+        Returns:
+            (..., N, N), float32 or float64.
+        """
+        bound = self.rate_bound()
+        return self.dense() / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound)
+
     def uniformized(self) -> tuple[Tensor, Tensor | None]:
         """P = I + Q/Λ as a stochastic matrix and rates a, P = I + diag(a)(matrix − I); forms N×N.
 
         Returns:
             (..., N, N), float32 or float64, and (..., 1 or N), or None for 1.
         """
-        dense, bound = self.dense(), self.rate_bound()
-        eye = torch.eye(self.num_states, dtype=dense.dtype, device=dense.device)
-        return eye + dense / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound), None
+        unit = self.unit()
+        eye = torch.eye(self.num_states, dtype=unit.dtype, device=unit.device)
+        # The diagonal of Q may be off by a rounding unit of its own size, which many hops would make more of.
+        return eye + unit - torch.diag_embed(unit.sum(-1).detach()), None
+
+    def hop(self, value: Tensor) -> Tensor:
+        """P · value, P = I + Q/Λ.
+
+        Args:
+            value: (..., N, D).
+
+        Returns:
+            (..., N, D), dtype of ``value``.
+        """
+        bound = self.rate_bound()
+        return value + self.apply(value) / (bound.unsqueeze(-1) if isinstance(bound, Tensor) else bound)
 
     @abstractmethod
     def jump_intensities(self) -> Tensor:

@@ -133,6 +133,9 @@ class DenseGenerator(Generator):
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         return product(self._matrix, value)
 
+    def hop(self, value: Tensor) -> Tensor:  # noqa: D102
+        return value + product(self.unit(), value)
+
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         chain = self.jump_chain()
         return product(F.dropout(chain, self.dropout_p) if self.dropout_p else chain, value)

@@ -66,7 +66,7 @@ class LowRankGenerator(Generator):
         return isinstance(self.jump_rate, Tensor) and self.jump_rate.size(-1) > 1
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
-        return self._scaled(self.jump(value) - value)
+        return self._scaled(self.jump(value) - value, self.jump_rate)
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         dtype = torch.promote_types(self.sources.dtype, value.dtype)
@@ -83,8 +83,13 @@ class LowRankGenerator(Generator):
         return torch.where(self.still, torch.eye(self.num_states, dtype=chain.dtype, device=chain.device), chain)
 
     def dense(self) -> Tensor:  # noqa: D102
-        chain = self.jump_chain()
-        return self._scaled(chain - torch.eye(self.num_states, dtype=chain.dtype, device=chain.device))
+        return self._scaled(self._moved(), self.jump_rate)
+
+    def unit(self) -> Tensor:  # noqa: D102
+        return self._scaled(self._moved(), self._share())
+
+    def hop(self, value: Tensor) -> Tensor:  # noqa: D102
+        return value + self._scaled(self.jump(value) - value, self._share())
 
     def jump_intensities(self) -> Tensor:  # noqa: D102
         rate = torch.as_tensor(self.jump_rate, dtype=self.sources.dtype, device=self.sources.device)
@@ -97,8 +102,18 @@ class LowRankGenerator(Generator):
         bound = self.jump_rate.detach().amax(-1, keepdim=True)
         return bound.where(bound > 0, 1)
 
-    def _scaled(self, moved: Tensor) -> Tensor:
-        rate = self.jump_rate
+    def _moved(self) -> Tensor:
+        """S − I."""
+        chain = self.jump_chain()
+        return chain - torch.eye(self.num_states, dtype=chain.dtype, device=chain.device)
+
+    def _share(self) -> Tensor | float:
+        """λ/Λ, in [0, 1]."""
+        if isinstance(self.jump_rate, float):
+            return float(self.jump_rate > 0)
+        return self.jump_rate / self.rate_bound()
+
+    def _scaled(self, moved: Tensor, rate: Tensor | float) -> Tensor:
         return rate * moved if isinstance(rate, float) else rate.unsqueeze(-1).to(moved.dtype) * moved
 
 

@@ -119,16 +119,17 @@ class SoftmaxGenerator(Generator):
         return moved if self.jump_rates is None else self.jump_rates.unsqueeze(-1).to(value.dtype) * moved
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        # Iterates may be wider than the scores' dtype; the kernels want one dtype, and S only averages.
+        # Iterates may be wider than the scores' dtype; the kernels want one dtype, and S only averages, if not too often.
         batch = torch.broadcast_shapes(self.batch_shape, value.shape[:-2])
-        query, key, values = (x.expand(*batch, *x.shape[-2:]) for x in (self.query, self.key, value))
+        dtype, mask = torch.float64 if value.dtype == torch.float64 else self.query.dtype, self._kernel_mask
+        query, key, values = (x.to(dtype).expand(*batch, *x.shape[-2:]) for x in (self.query, self.key, value))
         moved = F.scaled_dot_product_attention(
             query,
             key,
-            values.to(query.dtype),
-            attn_mask=self._kernel_mask,
+            values,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(dtype),
             dropout_p=self.dropout_p,
-            is_causal=self.is_causal and self._kernel_mask is None,
+            is_causal=self.is_causal and mask is None,
             scale=self.scale,
         ).to(value.dtype)
         no_target = self._mask.no_target

@@ -118,21 +118,34 @@ class ScaledGenerator(Generator):
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         moved = self.part.apply(value)
-        return (self._rows(moved.dtype) * moved).to(value.dtype)
+        return (self._rows(moved.dtype, self.factor) * moved).to(value.dtype)
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         return self.part.jump(value)
 
     def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
         moved = self.part.inflow(value)
-        return self._rows(moved.dtype) * moved
+        return self._rows(moved.dtype, self.factor) * moved
 
     def jump_intensities(self) -> Tensor:  # noqa: D102
         return self.factor * self.part.jump_intensities()
 
     def dense(self) -> Tensor:  # noqa: D102
         dense = self.part.dense()
-        return self._rows(dense.dtype) * dense
+        return self._rows(dense.dtype, self.factor) * dense
+
+    def unit(self) -> Tensor:  # noqa: D102
+        unit = self.part.unit()
+        return self._rows(unit.dtype, self._share()) * unit
+
+    def hop(self, value: Tensor) -> Tensor:  # noqa: D102
+        return value + self._rows(value.dtype, self._share()) * (self.part.hop(value) - value)
+
+    def _share(self) -> Tensor | float:
+        """The part of f·Λ that a token has of the bound of all, in [0, 1]."""
+        if not isinstance(self.factor, Tensor):
+            return float(self.factor > 0)
+        return self.factor * (self.part.rate_bound() / self.rate_bound())
 
     def rate_bound(self) -> float | Tensor:
         """f·Λ, with 1 where that is 0: any bound will do there, but its gradient needs hops."""
@@ -141,8 +154,8 @@ class ScaledGenerator(Generator):
         bound = self.factor.detach().amax(-1, keepdim=True) * self.part.rate_bound()
         return bound.where(bound > 0, 1)
 
-    def _rows(self, dtype: torch.dtype) -> Tensor | float:
-        factor = self.factor
+    @staticmethod
+    def _rows(dtype: torch.dtype, factor: Tensor | float) -> Tensor | float:
         return (
             factor.unsqueeze(-1).to(torch.promote_types(dtype, factor.dtype)) if isinstance(factor, Tensor) else factor
         )

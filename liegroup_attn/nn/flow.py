@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.clocks import Clock, FixedClock, clock_from
-from liegroup_attn.errors import GeneratorError, differentiated, values_visible
+from liegroup_attn.errors import GeneratorError, differentiated, pick, values_visible
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
-from liegroup_attn.expm.jumps import pick
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
 
