@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from experiments.jobs import finished, run_all
 from experiments.provenance import device_name
-from experiments.results import ROOT, Run, variants_of, write_json
+from experiments.results import ROOT, Run, read_json, variants_of, write_json
 from experiments.run import train
 
 __all__ = ["choose", "main"]
@@ -37,11 +36,13 @@ def choose(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train every variant at every rate of the grid, then for twice as long, and again; write what was found."""
+    """Train every variant at every rate of the grid, then twice as long at the best rate and its neighbours, and again."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tune", description=main.__doc__)
     parser.add_argument("--experiment", choices=["reachability"], default="reachability")
     parser.add_argument("--variants", nargs="+", default=None, help="default all")
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="one grid for all variants")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2], help="one grid for all variants"
+    )
     parser.add_argument("--steps", nargs="+", type=int, default=[1200, 2400, 4800, 9600], help="doubled while it helps")
     parser.add_argument("--seed", type=int, default=100, help="of data and weights; none that the comparison uses")
     parser.add_argument("--jobs", type=int, default=1)
@@ -53,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     for steps in args.steps:
         waiting, paths = {}, []
         for variant in variants:
-            if any(run["variant"] == variant and run["accuracy"] >= 1 - POINT for run in runs):
-                continue  # more steps can gain nothing
-            for rate in args.rates:
+            for rate in _rates([run for run in runs if run["variant"] == variant], sorted(args.rates)):
                 path = args.work / "found" / f"{variant}-{rate:g}-{steps}.json"
                 wanted = {"variant": variant, "learning_rate": rate, "steps": steps, "seed": args.seed}
                 paths.append(path)
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         run_all(
             _run, dict(sorted(waiting.items(), key=lambda item: "blocks" not in item[0].stem)), args.jobs, 1, Console()
         )
-        runs += [json.loads(path.read_text()) for path in paths]
+        runs += [read_json(path) for path in paths]
     found = {
         "date": datetime.date.today().isoformat(),
         "hardware": device_name(torch.device("cpu")),
@@ -76,6 +75,16 @@ def main(argv: list[str] | None = None) -> None:
     path = args.output / args.experiment / "tuning.json"
     write_json(path, found)
     print(f"wrote {path}; its choice belongs into {args.experiment}/budgets/full/VARIANT.yaml")
+
+
+def _rates(runs: list[dict[str, Any]], grid: list[float]) -> list[float]:
+    """The rates to try next with one variant: all, then the best so far and its neighbours, then none that can gain."""
+    if not runs:
+        return grid
+    longest = max(run["steps"] for run in runs)
+    best = max((run for run in runs if run["steps"] == longest), key=lambda run: (run["accuracy"], -run["loss"]))
+    place = grid.index(best["learning_rate"])
+    return [] if best["accuracy"] >= 1 - POINT else grid[max(0, place - 1) : place + 2]
 
 
 def _short(run: dict[str, Any]) -> dict[str, Any]:
