@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -106,6 +107,18 @@ def pick(reverse: Any, forward: Any) -> Any:
     return reverse if torch.compiler.is_compiling() else forward
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Computes in the dtypes that tensors have, whatever autocast says; meta tensors know of no autocast."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would make of a tensor's products, None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def fits(shape: torch.Size, into: torch.Size) -> bool:
     """Whether a shape broadcasts to another without enlarging it."""
     try:
@@ -116,10 +129,39 @@ def fits(shape: torch.Size, into: torch.Size) -> bool:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise GeneratorError on NaN or inf, where values are visible."""
-    if values_visible(tensor) and not bool(torch.isfinite(tensor).all()):
+    # NaN and inf survive |·| and max, which read the tensor once; isfinite takes ten times as long.
+    if values_visible(tensor) and not math.isfinite(float(tensor.detach().abs().amax())):
         raise GeneratorError(
             f"{name}: expected finite entries, got NaN or inf; look for a diverged layer (lower the learning rate, "
             "clip gradients) or an overflow in half precision"
+        )
+
+
+def check_scores(query: Tensor, key: Tensor, scale: float) -> None:
+    """Raise GeneratorError unless scale · q kᵀ is finite: one look at each, where values are visible.
+
+    Args:
+        query: (..., N, E).
+        key: (..., M, E).
+        scale: of the scores.
+
+    Raises:
+        GeneratorError: NaN or inf in query or key, or products beyond the range of (at least) float32.
+    """
+    if not (values_visible(query) and values_visible(key)):
+        return
+    largest = [float(x.detach().abs().amax()) for x in (query, key)]
+    for name, tensor, size in zip(("query", "key"), (query, key), largest, strict=True):
+        if not math.isfinite(size):
+            check_finite(name, tensor)
+    most = torch.finfo(torch.promote_types(query.dtype, torch.float32)).max
+    if abs(scale) * largest[0] * largest[1] * query.size(-1) < most:  # a bound on every score
+        return
+    scores = (scale * query.detach().double()) @ key.detach().double().mT
+    if not float(scores.abs().amax()) < most:
+        raise GeneratorError(
+            f"query, key: expected scores scale · q·k under {most:.0e}, got larger ones (query up to {largest[0]:g}, key up to "
+            f"{largest[1]:g}); normalize both, or choose a smaller scale"
         )
 
 
@@ -203,7 +245,7 @@ def check_jump_rates(jump_rates: Tensor | float | None, rows: torch.Size, like: 
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Check ranks, dtypes and sizes; give every query head a key and a value head.
+    """Check ranks, dtypes and sizes, no values; give every query head a key and a value head.
 
     Under autocast mixed dtypes become autocast's.
 
@@ -219,7 +261,6 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tu
     Raises:
         ShapeError: ranks, tokens, widths, heads or batches that do not fit; no token.
         DtypeError: not floating point, or mixed.
-        GeneratorError: NaN or inf in query or key, where values are visible.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_shape(name, tensor, least_rank=2, remedy="give (..., heads, tokens, width)")
@@ -228,11 +269,11 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tu
                 f"{name}: expected at least 1 token, got shape {tuple(tensor.shape)}; drop empty sequences from the batch"
             )
     if not query.dtype == key.dtype == value.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
+        if (cast := autocast_dtype(query)) is None:
             raise DtypeError(
                 f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}; convert them, e.g. key.to(query.dtype)"
             )
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+        query, key, value = (x.to(cast) for x in (query, key, value))
     if query.size(-1) == 0:
         raise ShapeError(f"query: expected a width of at least 1, got shape {tuple(query.shape)}; scores need features")
     if query.size(-1) != key.size(-1):
@@ -260,7 +301,5 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tu
             f"query, key, value: expected equal batch and head sizes, got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}; set enable_gqa=True if key and value have fewer heads"
         ) from None
-    check_finite("query", query)
-    check_finite("key", key)
     query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
     return query, key, value

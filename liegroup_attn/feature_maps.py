@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, without_autocast
 from liegroup_attn.generators.base import at_least_float32
 
 __all__ = ["RandomFeatures", "elu_plus_one"]
@@ -87,7 +87,7 @@ class RandomFeatures:
             raise ShapeError(
                 f"x: expected width {self.width}, got shape {tuple(x.shape)}; build RandomFeatures with the width of a head"
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = at_least_float32(x)
             exponent = x @ self._directions.to(x).mT - x.square().sum(-1, keepdim=True) / 2  # (..., N, r)
             largest = exponent.detach().amax(-1 if is_query else (-2, -1), keepdim=True)

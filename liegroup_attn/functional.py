@@ -16,6 +16,7 @@ from liegroup_attn.errors import (
     check_dropout,
     check_qkv,
     check_scale,
+    check_scores,
     check_shape,
     check_time,
     differentiated,
@@ -235,7 +236,7 @@ def lie_attention(
     generator = joined_generator(chain, rate_fn, head_weights, plus)
     if still:
         value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
-        return generator.jump(value) if first_hop else value
+        return generator.jump(value) if first_hop else value.clone()
     if isinstance(how, Automatic):
         if how.longest is None and isinstance(time, numbers.Real) and generator is chain:
             how = Automatic(how.tol, float(time), streams=how.streams)  # a number is known without a look at any tensor
@@ -259,6 +260,7 @@ def _softmax_across(
     scale: float | None,
 ) -> Tensor:
     """Softmax attention to other tokens; a query without an allowed target has no value of its own and gets 0."""
+    check_scores(query, key, query.size(-1) ** -0.5 if scale is None else scale)
     shape = torch.Size([*query.shape[:-1], key.size(-2)])
     mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
     if score_bias is not None:

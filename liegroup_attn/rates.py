@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import DtypeError, MaskError, check_finite, fits
+from liegroup_attn.errors import DtypeError, MaskError, autocast_dtype, check_finite, fits
 
 __all__ = [
     "Mask",
@@ -124,7 +124,7 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         raise DtypeError(
             f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor"
         )
-    if attn_mask.is_floating_point() and torch.is_autocast_enabled(attn_mask.device.type):
+    if attn_mask.is_floating_point() and autocast_dtype(attn_mask) is not None:
         attn_mask = attn_mask.to(dtype)
     if attn_mask.dtype != torch.bool and attn_mask.dtype != dtype:
         raise DtypeError(

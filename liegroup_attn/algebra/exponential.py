@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import square, squares
+from liegroup_attn.errors import without_autocast
 
 __all__ = ["dexp", "expm"]
 
@@ -38,7 +39,7 @@ def expm(X: Tensor) -> Tensor:
     X = square("X", X)
     if X.numel() == 0:
         return X.clone()
-    with torch.autocast(X.device.type, enabled=False):
+    with without_autocast(X):
         size = X.detach().abs()
         lighter = (size.sum(-1).amax(-1) < size.sum(-2).amax(-1))[..., None, None]  # ‖Xᵀ‖₁ < ‖X‖₁
         flat = torch.where(lighter, X.mT, X).reshape(-1, *X.shape[-2:])  # (b, N, N)
@@ -74,7 +75,7 @@ def dexp(X: Tensor, H: Tensor) -> Tensor:
     X, H = squares(("X", X), ("H", H))
     if X.numel() == 0:
         return X.clone()
-    with torch.autocast(X.device.type, enabled=False):
+    with without_autocast(X):
         block, scale = derivative_block(X, H)
         return scale * expm(block)[..., : X.size(-1), X.size(-1) :]
 

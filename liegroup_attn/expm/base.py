@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import ConvergenceError, GeneratorError, differentiated
+from liegroup_attn.errors import ConvergenceError, GeneratorError, differentiated, without_autocast
 from liegroup_attn.generators import Generator
 
 __all__ = ["HopMethod", "Method", "flatten_batch", "mixture", "per_row", "working_dtype"]
@@ -169,14 +169,14 @@ def hop_matrix(chain: Tensor, onward: Tensor | None) -> Tensor:
     """P = I + diag(a)(S − I), from what ``Generator.uniformized`` gives: (..., N, N)."""
     if onward is None:
         return chain
-    with torch.autocast(chain.device.type, enabled=False):
+    with without_autocast(chain):
         eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
         return eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
 
 
 def mix_by(mixing: Tensor, generator: Generator, value: Tensor, first_hop: bool) -> Tensor:
     """What a method with a mixing matrix (..., N, N) at hand makes of values, in their dtype; the generator jumps first."""
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         dtype = torch.promote_types(mixing.dtype, working_dtype(value))
         mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
     return generator.jump(mixed) if first_hop else mixed

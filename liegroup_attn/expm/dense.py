@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.algebra import expm
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError
+from liegroup_attn.errors import GeneratorError, without_autocast
 from liegroup_attn.expm.base import Method, hop_matrix, mean_hops, mix_by, seen
 from liegroup_attn.expm.squaring import squared
 from liegroup_attn.generators import Generator
@@ -58,7 +58,7 @@ class MatrixExp(Method):
         theta = mean_hops(time, generator)
         theta = (theta if theta.dim() else theta.unsqueeze(0))[..., None, None]  # (..., M, 1, 1)
         unit = generator.unit().unsqueeze(-3)  # in units of Λ no product of a time and a rate leaves the dtype
-        with torch.autocast(unit.device.type, enabled=False):
+        with without_autocast(unit):
             # (..., M, N, N), M = 1 or N: one matrix per query row that has a time of its own.
             if clock.resolvents is not None:
                 chain = hop_matrix(*generator.uniformized()).unsqueeze(-3)

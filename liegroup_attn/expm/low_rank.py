@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
 from liegroup_attn.expm.base import Method, longest, per_row, working_dtype
 from liegroup_attn.expm.dense import resolvent
 from liegroup_attn.generators import Generator, LowRankGenerator
@@ -47,7 +47,7 @@ class LowRank(Method):
     ) -> Tensor:
         generator, theta = _check(generator, time)
         dtype = torch.promote_types(generator.sources.dtype, working_dtype(value))
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             sources, targets, wide = (x.to(dtype) for x in (generator.sources, generator.targets, value))
             still = generator.still  # such rows keep their value; what jumps there is absorbed
 

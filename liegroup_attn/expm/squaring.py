@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
 from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, mean_hops, mix_by, per_row
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
@@ -60,7 +60,7 @@ class ScalingSquaring(HopMethod):
             )
         theta = mean_hops(time, generator)
         chain = hop_matrix(*generator.uniformized())
-        with torch.autocast(chain.device.type, enabled=False):
+        with without_autocast(chain):
             tol = torch.finfo(chain.dtype).eps if self.tol is None else self.tol
             degree, squarings = squaring_plan(longest(theta) if self.max_theta is None else self.max_theta, tol)
             weights = clock.hop_weights(scaled(theta, squarings), degree).to(chain.device)

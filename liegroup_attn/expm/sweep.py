@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
 from liegroup_attn.expm.base import (
     HopMethod,
     flatten_batch,
@@ -94,7 +94,7 @@ class CausalSweep(HopMethod):
                 f"time: expected one time per head, (..., 1), for a {clock!r} in CausalSweep, got {tuple(time.shape)}; "
                 "put what varies by token into jump_rates, or use Uniformization()"
             )
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             hops = 0 if clock.resolvents else self.count_hops(time, value.dtype, clock)
             dtype = torch.promote_types(working_dtype(value, hops), working_dtype(generator.query))
             batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
@@ -153,7 +153,7 @@ class CausalSweep(HopMethod):
         Returns:
             The mixed values (..., N, D), and the iterates of the new tokens (..., N, M·D) in the dtype of ``past``.
         """
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             dtype = past.dtype
             hops = 0 if clock.resolvents else self.count_hops(time, value.dtype, clock)
             run = self._prepare(jump_rates, value, time, clock, hops, first_hop, value.shape[:-2], dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
 from liegroup_attn.expm.base import Method, per_row, within, working_dtype
 from liegroup_attn.expm.jumps import Plan, Rows, columns, run_block
 from liegroup_attn.generators import Generator
@@ -50,7 +50,7 @@ class TriangularSolve(Method):
         if not generator.is_causal:
             raise GeneratorError("generator: expected is_causal=True for TriangularSolve, got False; use MatrixExp()")
         chain, onward = generator.uniformized()
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             dtype = torch.promote_types(chain.dtype, working_dtype(value))
             theta = within(time * generator.rate_bound(), dtype).to(value.device, dtype) / clock.resolvents
             onward = theta if onward is None else theta * onward.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import fits
+from liegroup_attn.errors import fits, without_autocast
 from liegroup_attn.expm.base import (
     HopMethod,
     flatten_batch,
@@ -77,7 +77,7 @@ class Uniformization(HopMethod):
 def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_hop: bool) -> Tensor:
     chain, onward = generator.uniformized()
     at_hand = generator.jumps_on_uniformized  # S itself is formed
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2])
         if value.dtype != chain.dtype:  # rows of 1 to a rounding unit of the wider dtype
             chain = chain.to(torch.promote_types(chain.dtype, value.dtype))

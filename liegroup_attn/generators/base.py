@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra import is_rate_matrix
+from liegroup_attn.errors import without_autocast
 
 __all__ = ["Generator", "at_least_float32", "product"]
 
@@ -157,5 +158,5 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def product(matrix: Tensor, value: Tensor) -> Tensor:
     """matrix · value in the wider of both dtypes, in the value's."""
     dtype = torch.promote_types(matrix.dtype, value.dtype)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         return (matrix.to(dtype) @ value.to(dtype)).to(value.dtype)

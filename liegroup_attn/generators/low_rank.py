@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError, check_finite, check_shape, fits, values_visible
+from liegroup_attn.errors import (
+    DtypeError,
+    GeneratorError,
+    ShapeError,
+    check_finite,
+    check_shape,
+    fits,
+    values_visible,
+    without_autocast,
+)
 from liegroup_attn.generators.base import Generator, at_least_float32
 
 __all__ = ["LowRankGenerator"]
@@ -51,7 +60,7 @@ class LowRankGenerator(Generator):
         self.num_states = left.size(-2)
         self.is_causal = is_causal
         self.jump_rate = _check_rate(jump_rate, torch.Size([*self.batch_shape, self.num_states]))
-        with torch.autocast(left.device.type, enabled=False):
+        with without_autocast(left):
             left, right = at_least_float32(left), at_least_float32(right)
             ones = torch.ones_like(right[..., :1])
             total = causal_product(left, right, ones) if is_causal else left @ (right.mT @ ones)  # (..., N, 1)
@@ -70,14 +79,14 @@ class LowRankGenerator(Generator):
 
     def jump(self, value: Tensor) -> Tensor:  # noqa: D102
         dtype = torch.promote_types(self.sources.dtype, value.dtype)
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             left, right, wide = self.sources.to(dtype), self.targets.to(dtype), value.to(dtype)
             moved = causal_product(left, right, wide) if self.is_causal else left @ (right.mT @ wide)
             return torch.where(self.still, wide, moved).to(value.dtype)
 
     def jump_chain(self) -> Tensor:
         """S as a matrix (..., N, N), float32 or float64."""
-        with torch.autocast(self.sources.device.type, enabled=False):
+        with without_autocast(self.sources):
             chain = self.sources @ self.targets.mT
         chain = chain.tril() if self.is_causal else chain
         return torch.where(self.still, torch.eye(self.num_states, dtype=chain.dtype, device=chain.device), chain)

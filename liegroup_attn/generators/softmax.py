@@ -12,10 +12,11 @@ from liegroup_attn.errors import (
     DtypeError,
     ShapeError,
     check_dropout,
-    check_finite,
     check_jump_rates,
     check_scale,
+    check_scores,
     check_shape,
+    without_autocast,
 )
 from liegroup_attn.generators.base import Generator, at_least_float32
 from liegroup_attn.rates import biased_mask, check_bias, prepare_mask
@@ -45,7 +46,7 @@ class SoftmaxGenerator(Generator):
         ShapeError: wrong rank, N = 0, or other tokens in the key than in the query.
         DtypeError: mixed dtypes.
         MaskError: see ``prepare_mask``.
-        GeneratorError: NaN in query, key or bias, ρ outside [0, 1] (CPU).
+        GeneratorError: NaN, inf or an overflow in scores or bias, ρ outside [0, 1] (CPU).
 
     Example:
         >>> q = torch.zeros(1, 2, 4)
@@ -87,8 +88,6 @@ class SoftmaxGenerator(Generator):
             )
         check_dropout(dropout_p)
         check_scale(scale)
-        check_finite("query", query)
-        check_finite("key", key)
         try:
             batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
         except RuntimeError:
@@ -100,6 +99,7 @@ class SoftmaxGenerator(Generator):
         self.is_causal = is_causal
         self.query, self.key = query, key
         self.scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+        check_scores(query, key, self.scale)
         self.dropout_p = dropout_p
         self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n]), query)
         scores_shape = torch.Size([*batch, n, n])
@@ -137,7 +137,7 @@ class SoftmaxGenerator(Generator):
 
     def scores(self) -> Tensor:
         """scale · q kᵀ plus bias and float mask, (..., N, N), float32 or float64; −inf or anything where masked."""
-        with torch.autocast(self.query.device.type, enabled=False):
+        with without_autocast(self.query):
             query, key = at_least_float32(self.query), at_least_float32(self.key)
             scores = (self.scale * query) @ key.mT
             if self.score_bias is not None:

@@ -9,7 +9,7 @@ from operator import add
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, values_visible
+from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, values_visible, without_autocast
 from liegroup_attn.generators.base import Generator, at_least_float32
 
 __all__ = ["HeadMixture", "ScaledGenerator", "SumGenerator"]
@@ -243,7 +243,7 @@ class HeadMixture(Generator):
 
 
 def _contract(equation: str, weights: Tensor, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):  # it would contract in half precision
+    with without_autocast(x):  # it would contract in half precision
         return torch.einsum(equation, weights.to(x.dtype), x)
 
 

@@ -6,7 +6,7 @@ import geoopt
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ShapeError
+from liegroup_attn.errors import ShapeError, without_autocast
 
 __all__ = ["off_manifold"]
 
@@ -37,7 +37,7 @@ def off_manifold(x: Tensor, manifold: geoopt.Manifold) -> Tensor:
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # decompositions do not run in half precision
     if not_finite(x):
         return x.new_full((), torch.nan)  # a projection may fail on it
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         apart = (x - manifold.projx(x)).abs() / x.abs().clamp(min=1)
     return apart.max() if apart.numel() else apart.sum()
 

@@ -11,7 +11,7 @@ import torch
 from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, without_autocast
 from liegroup_attn.manifolds.checks import off_manifold
 
 __all__ = ["declared", "hold", "restore"]
@@ -152,7 +152,7 @@ def _settle(name: str, point: Tensor, manifold: geoopt.Manifold) -> Tensor:
             UserWarning,
             stacklevel=3,
         )
-    with torch.autocast(wide.device.type, enabled=False):
+    with without_autocast(wide):
         return manifold.projx(wide)
 
 

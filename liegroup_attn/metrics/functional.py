@@ -20,7 +20,8 @@ def attention_entropy(transition: Tensor) -> Tensor:
     """Shannon entropy of each row, −Σ_j P_ij ln P_ij with 0·ln 0 = 0.
 
     Args:
-        transition: (..., N, M), rows of probabilities; a negative entry gives −inf.
+        transition: (..., N, M), rows of probabilities; a negative entry gives −inf. The gradient by an entry that is 0
+            is 0: what is masked stays masked.
 
     Returns:
         (..., N), nats, between 0 (one target) and ln M (all targets alike).
@@ -33,7 +34,7 @@ def attention_entropy(transition: Tensor) -> Tensor:
         tensor([0.0000, 0.6931])
     """
     check_shape("transition", transition, least_rank=2, remedy="pass whole rows, (..., N, N)")
-    return torch.special.entr(at_least_float32(transition)).sum(-1)
+    return entropy(at_least_float32(transition))
 
 
 def row_stochasticity_error(transition: Tensor) -> Tensor:
@@ -80,6 +81,11 @@ def bits_per_byte(nats: float | Tensor) -> float | Tensor:
     if isinstance(nats, Tensor):
         return (at_least_float32(nats) if nats.is_floating_point() else nats) / math.log(2)
     return nats / math.log(2)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """−Σ p ln p over the last dimension, (..., M) → (...); its slope at 0 is infinite, and is taken as 0."""
+    return torch.special.entr(probabilities.masked_fill(probabilities == 0, 1)).sum(-1)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, ShapeError, check_shape
-from liegroup_attn.metrics.functional import at_least_float32
+from liegroup_attn.metrics.functional import at_least_float32, entropy
 
 __all__ = ["distance_to_softmax", "effective_rank", "sink_mass"]
 
@@ -49,7 +49,7 @@ def effective_rank(transition: Tensor) -> Tensor:
     total = singular.sum(-1)  # (...,)
     there = total > 0
     share = singular / total.where(there, 1.0)[..., None]
-    rank = torch.special.entr(share).sum(-1).exp()
+    rank = entropy(share).exp()
     return rank.masked_fill(~there, math.nan).to(at_least_float32(transition).dtype)
 
 

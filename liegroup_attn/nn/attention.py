@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape
+from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape, without_autocast
 from liegroup_attn.generators import Generator
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.scores import BilinearScores
@@ -330,7 +330,7 @@ class SelfAttention(nn.Module, ABC):
             )
         seen = torch.arange(cache.length + x.size(-2), device=x.device).unsqueeze(-1)
         seen = seen.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self.encoding.between(seen[cache.length :], seen.mT)  # (H, new, all)
 
     def _values(self, x: Tensor) -> Tensor:

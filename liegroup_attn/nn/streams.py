@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError
+from liegroup_attn.errors import ShapeError, without_autocast
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.manifolds import DoublyBalancedRateMatrices, hold
 from liegroup_attn.nn.learned import generator_of
@@ -76,6 +76,6 @@ class ResidualStreams(Residual):
         return torch.einsum("s,...sc->...c", self.reading.to(x.dtype), x)
 
     def write(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
-        with torch.autocast(x.device.type, enabled=False):  # a residual stream is not rounded, as x + y is not
+        with without_autocast(x):  # a residual stream is not rounded, as x + y is not
             mixed = self.mixing_matrix().to(x.dtype) @ x
         return mixed + self.writing.unsqueeze(-1) * y.unsqueeze(-2)

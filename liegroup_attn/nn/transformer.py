@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import CacheError, ShapeError
+from liegroup_attn.errors import CacheError, ShapeError, autocast_dtype
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import continue_tokens
@@ -252,10 +252,7 @@ class Transformer(nn.Module):
                 nonlocal cache
                 x = embedding(unseen)
                 if use_cache and cache is None:
-                    dtype = (
-                        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-                    )
-                    cache = self.new_cache(len(tokens), tokens.size(1) + max_new_tokens, dtype=dtype)
+                    cache = self.new_cache(len(tokens), tokens.size(1) + max_new_tokens, dtype=autocast_dtype(x))
                 return head(self(x, cache=cache)[:, -1:])[:, 0]
 
             return continue_tokens(

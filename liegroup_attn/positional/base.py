@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import DtypeError, ShapeError, check_shape, fits, values_visible
+from liegroup_attn.errors import DtypeError, ShapeError, check_shape, fits, values_visible, without_autocast
 
 __all__ = ["AbsoluteEncoding", "BiasEncoding", "PositionalEncoding", "RotationEncoding", "grid_positions"]
 
@@ -114,7 +114,7 @@ class AbsoluteEncoding(PositionalEncoding):
         check_shape("x", x, least_rank=2, remedy="give (..., tokens, width)")
         if x.size(-1) != self.embed_dim:
             raise ShapeError(f"x: expected width {self.embed_dim}, got shape {tuple(x.shape)}; match embed_dim")
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             vectors = self.table(self.coordinates(positions, x.shape[:-1], x))
             return (x.to(vectors.dtype) + vectors).to(x.dtype)
 
@@ -171,7 +171,7 @@ class RotationEncoding(PositionalEncoding):
             ShapeError, DtypeError, ValueError: see ``coordinates``; or another width or number of heads.
         """
         self._check("x", x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             coordinates = self.coordinates(positions, x.shape[:-1], x)
             return x if not x.size(-2) else self.act(x.to(coordinates.dtype), coordinates).to(x.dtype)
 
@@ -196,7 +196,7 @@ class RotationEncoding(PositionalEncoding):
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; rotate each with its own tokens and take "
                 "rotate(query, query)[0], rotate(key, key)[1]"
             )
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             coordinates = self.coordinates(positions, query.shape[:-1], query)
             return self.act_both(query, key, coordinates) if query.size(-2) else (query, key)
 
@@ -299,7 +299,7 @@ class BiasEncoding(PositionalEncoding):
         if query.size(-3) != self.num_heads:
             raise ShapeError(f"query: expected {self.num_heads} heads, got shape {tuple(query.shape)}; match num_heads")
         tokens = torch.Size([*query.shape[:-3], 1, query.size(-2)])
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             coordinates = self.coordinates(positions, tokens, query)
             wide = coordinates.dtype
             if key.size(-3) != self.num_heads:

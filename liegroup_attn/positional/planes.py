@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError, check_shape
+from liegroup_attn.errors import ShapeError, check_shape, without_autocast
 from liegroup_attn.manifolds import Stiefel, hold
 from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal, start_frequencies
@@ -115,7 +115,7 @@ def rodrigues(x: Tensor, a: Tensor, b: Tensor, position: Tensor | float = 1.0) -
         if vector.size(-1) != x.size(-1):
             raise ShapeError(f"{name}: expected width {x.size(-1)}, got shape {tuple(vector.shape)}; match that of x")
     wide = torch.float64 if torch.float64 in (x.dtype, a.dtype, b.dtype) else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x, a, b = (vector.to(wide) for vector in (x, a, b))
         time = torch.as_tensor(position, device=x.device).to(wide).unsqueeze(-1)
         area = _dot(a, a) * _dot(b, b) - _dot(a, b).square()  # s²
