@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from experiments.fine_tune.report import fine_tune_tables
 from experiments.position_study.report import study_tables
 from experiments.positions.report import positions_tables
 from experiments.rate_recovery.report import recovery_tables
-from experiments.results import EXPERIMENTS, ROOT, TITLES, load_results, write_text
+from experiments.results import EXPERIMENTS, MAIN, ROOT, TITLES, load_results, write_text
 
 __all__ = ["SAYS", "accuracy_at_depths", "fill_tables", "other_tables", "readmes", "render_table"]
 
@@ -52,8 +53,8 @@ def fill_tables(path: Path, output: Path) -> bool:
     """Put each table of ``output`` between its markers in a Markdown file; says whether the file changed.
 
     Markers are ``<!-- table: NAME -->`` and ``<!-- end of table -->``; a name is that of an experiment, or of a table
-    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, or of ``rate_recovery``, ``drop_in``,
-    ``fine_tune`` or ``position_study``.
+    of the benchmark with its device and dtype, e.g. ``targets_cpu_float32``, of a table of another study, or one of
+    ``_front_page``.
     """
     text, others = path.read_text(), other_tables(output)
 
@@ -69,7 +70,7 @@ def fill_tables(path: Path, output: Path) -> bool:
 
 
 def other_tables(output: Path) -> dict[str, str]:
-    """Tables of all but the compared variants, by the names of their markers."""
+    """Tables of other studies, and what the first page shows of the compared variants, by the names of their markers."""
     tables = (
         benchmark_tables,
         recovery_tables,
@@ -77,6 +78,7 @@ def other_tables(output: Path) -> dict[str, str]:
         fine_tune_tables,
         study_tables,
         positions_tables,
+        _front_page,
     )
     return {name: text for of in tables for name, text in of(output).items()}
 
@@ -89,6 +91,7 @@ def accuracy_at_depths(run: dict[str, Any], test_set: str, scale: str = "time x1
     return [depths.get(d, math.nan) for d in range(max(depths, default=-1) + 1)]
 
 
+_NOT_SCALED, _MOST = "–", 4  # in place of a number; of the factors of time at test, the largest
 _REACHABILITY = (
     "variant",
     "blocks",
@@ -106,7 +109,7 @@ _REACHABILITY = (
 def _reachability(title: str, runs: list[dict[str, Any]]) -> list[str]:
     def scaled(scale: str) -> str:
         if scale not in runs[0]["test"]:
-            return "–"
+            return _NOT_SCALED
         return markdown.spread((100 * run["test"][scale]["deeper/accuracy"] for run in runs), "{:.1f}")
 
     return [
@@ -118,6 +121,66 @@ def _reachability(title: str, runs: list[dict[str, Any]]) -> list[str]:
         *(scaled(f"time x{factor}") for factor in (1, 2, 4)),
         *_cost(runs),
     ]
+
+
+# The first page: a narrow table, and two sentences whose numbers nobody copies by hand.
+_HEADLINE = (
+    "variant",
+    "blocks",
+    "parameters",
+    "accuracy %",
+    f"deeper forests %, time ×1 → ×{_MOST}",
+    "CPU s",
+)
+_HEADLINED = ("softmax", "softmax_2_blocks", "softmax_4_blocks", "exp", "first_hop_fixed", "first_hop_exponential")
+_OURS, _FOUR, _ONE = "first_hop_exponential", "softmax_4_blocks", "softmax"
+
+
+def _front_page(output: Path) -> dict[str, str]:
+    forests, text = (load_results(output, name) for name in MAIN)
+    found, shown = {}, {name: forests[name] for name in _HEADLINED if name in forests}
+    if shown:
+        rows = [_headline(TITLES[name], runs) for name, runs in shown.items()]
+        found["headline"] = markdown.table(_HEADLINE, rows) + f"\n{_provenance('reachability', shown)}\n"
+    if _OURS in forests and _FOUR in forests:
+        found["headline_sentence"] = _win(forests[_OURS], forests[_FOUR])
+    if _OURS in text and _ONE in text:
+        found["language_sentence"] = _loss(text[_OURS], text[_ONE])
+    return found
+
+
+def _headline(title: str, runs: list[dict[str, Any]]) -> list[str]:
+    cell = dict(zip(_REACHABILITY, _reachability(title, runs), strict=True))
+    deeper, longer = cell["deeper forests %, time ×1"], cell[f"×{_MOST}"]
+    cell[_HEADLINE[-2]] = deeper if longer == _NOT_SCALED else f"{deeper} → {longer}"
+    return [cell[name] for name in _HEADLINE]
+
+
+def _win(ours: list[dict[str, Any]], softmax: list[dict[str, Any]]) -> str:
+    def deeper(runs: list[dict[str, Any]], scale: int = 1) -> str:
+        return _mean((100 * run["test"][f"time x{scale}"]["deeper/accuracy"] for run in runs), "{:.1f}")
+
+    accuracy = _mean((100 * run["test"]["time x1"]["test/accuracy"] for run in ours), "{:.1f}")
+    ours_s, softmax_s = (_mean((run["cpu_seconds"] for run in runs), "{:.0f}") for runs in (ours, softmax))
+    return (
+        f"**Where it wins: chains of pointers.** One block of {TITLES[_OURS]} names {accuracy} % of the roots, where softmax "
+        f"attention needs four blocks: {ours[0]['parameters']:,} parameters instead of {softmax[0]['parameters']:,}, {ours_s} s "
+        f"of CPU time instead of {softmax_s}, and in deeper forests than those of training {deeper(ours)} % instead of "
+        f"{deeper(softmax)} %; with {_MOST} times the time that it has learned, {deeper(ours, _MOST)} %.\n"
+    )
+
+
+def _loss(ours: list[dict[str, Any]], softmax: list[dict[str, Any]]) -> str:
+    bits = [_mean((run["test"]["time x1"]["test/bits_per_byte"] for run in runs), "{:.3f}") for runs in (ours, softmax)]
+    seconds = [statistics.fmean(run["cpu_seconds"] for run in runs) for runs in (ours, softmax)]
+    return (
+        f"**Where it does not: text.** A byte language model with softmax attention needs {bits[1]} bits per byte of the test "
+        f"split; the same model with {TITLES[_OURS]} needs {bits[0]}, and {seconds[0] / seconds[1]:.1f} times the CPU time.\n"
+    )
+
+
+def _mean(values: Iterable[float], form: str) -> str:
+    return form.format(statistics.fmean(values))
 
 
 _LANGUAGE = (
