@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 # The lessons and the build itself leave the other cores alone.
@@ -46,7 +47,8 @@ napoleon_custom_sections = ["Source"]
 # --- HTML ---
 html_theme = "furo"
 html_title = f"liegroup_attn {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_show_sphinx = False
 # Left out of what the copy button takes: doctest prompts.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -56,6 +58,8 @@ mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"
 
 _SOURCE = re.compile(r"^Source: (?P<text>\S.*)$")
 _PAGE = re.compile(r"\bdocs/mathematics\b")
+_STUDY = re.compile(r"\.\./experiments/(\w+)/README\.md")
+_LOCAL = re.compile(r"\]\((?!https?:|#)")
 _LETTER = re.compile(r"^(?P<field>\s+\w+: )(?P<letter>[A-Z]\.)$")
 
 
@@ -80,8 +84,26 @@ def _escape_letters(app: Any, what: str, name: str, obj: Any, options: Any, line
     lines[:] = [_LETTER.sub(r"\g<field>\\\g<letter>", line) for line in lines]
 
 
+def _copy_studies(app: Any) -> None:
+    """The README of each study becomes a page, ``protocols/<study>``, that git ignores."""
+    docs = Path(app.srcdir)
+    for readme in sorted(docs.parent.glob("experiments/*/README.md")):
+        study, page = readme.parent.name, docs / "protocols" / f"{readme.parent.name}.md"
+        text = _LOCAL.sub(f"](../../experiments/{study}/", readme.read_text(encoding="utf-8"))
+        page.parent.mkdir(exist_ok=True)
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def _link_studies(app: Any, docname: str, source: list[str]) -> None:
+    """Where GitHub links to such a README, the site links to its page."""
+    source[0] = _STUDY.sub(r"protocols/\1.md", source[0])
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """Run before napoleon, which listens at priority 500."""
+    """Docstrings are spread before napoleon sees them, which listens at priority 500."""
+    app.connect("builder-inited", _copy_studies)
+    app.connect("source-read", _link_studies)
     app.connect("autodoc-process-docstring", _spread_source, priority=400)
     app.connect("autodoc-process-docstring", _escape_letters, priority=400)
     return {"parallel_read_safe": True}
