@@ -16,6 +16,14 @@ def test_python_blocks_run():
     assert namespace["z"].shape == (8, 64, 128)
 
 
+def test_the_first_page_is_one():
+    """What it wins and what it does not stand before all else, by numbers that ``liegroup-attn draw`` fills in."""
+    assert len(README.splitlines()) <= 130
+    assert re.findall(r"<!-- table: (\w+) -->", README) == ["headline_sentence", "language_sentence", "headline"]
+    table = README[README.index("<!-- table: headline -->") :]
+    assert len(re.findall(r"^\| (?!variant)", table[: table.index("<!-- end")], re.MULTILINE)) <= 6
+
+
 def test_files_named_exist():
     named = [name for name in re.findall(r"\]\(([^)#:]+)\)", README)]
     named += re.findall(r"--config (\S+)", README)
