@@ -27,7 +27,7 @@ FLOORS = (
         "liegroup_attn.metrics",
         "liegroup_attn.algebra",
     ),
-    ("liegroup_attn.errors",),
+    ("liegroup_attn.errors", "liegroup_attn.resettable"),
 )
 
 DOORS = {

@@ -108,7 +108,8 @@ def check_options(model: nn.Module, names: Iterable[str], options: dict[str, Any
 def fit_state(module: nn.Module, state: dict[str, Tensor], from_plain: bool, remedy: str) -> bool:
     """Check that a checkpoint has this module's flows; with ``from_plain`` fill them in where it has none (True)."""
     flows = [(n, m) for n, m in module.named_modules(remove_duplicate=False) if isinstance(m, LieFlow)]
-    own = {f"{name}.{key}": value for name, flow in flows for key, value in flow.state_dict().items()}
+    # Without the factor on its time, which is there if it is not 1.
+    own = {f"{name}.{key}": p for name, flow in flows for key, p in flow.state_dict().items() if key != "time_scale"}
     given = {name for name in state if name in own or LIE_NAME.search(name)}
     if given == own.keys():
         return False

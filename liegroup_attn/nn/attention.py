@@ -15,11 +15,12 @@ from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.scores import BilinearScores
 from liegroup_attn.positional import BiasEncoding, RotationEncoding
 from liegroup_attn.rates import biased_mask
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
 
 
-class SelfAttention(nn.Module, ABC):
+class SelfAttention(Resettable, ABC):
     """Multi-head self-attention but for how values are mixed.
 
     Args:

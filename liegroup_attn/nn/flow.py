@@ -14,11 +14,12 @@ from liegroup_attn.errors import GeneratorError, differentiated, pick, values_vi
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
+from liegroup_attn.nn.timed import Constant, Timed
 
 __all__ = ["LieFlow"]
 
 
-class LieFlow(nn.Module):
+class LieFlow(Timed):
     """Mixing of values that starts as softmax attention and can learn to be more: S·E[exp(τQ)]V, one time a head.
 
     It takes queries, keys and values of any attention, so it is what ``convert_attention`` puts into other people's
@@ -57,6 +58,8 @@ class LieFlow(nn.Module):
     """
 
     time: Tensor
+    max_time: float = Constant()  # type: ignore[assignment]
+    tol: float = Constant()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -85,29 +88,20 @@ class LieFlow(nn.Module):
         if not 0 < tol < 1:
             raise GeneratorError(f"tol: expected a probability in (0, 1), got {tol}; choose 1e-3 or smaller")
         self.num_heads, self.head_width = num_heads, head_width
-        self.max_time, self.time_scale = float(max_time), 1.0
-        self.first_hop, self.tol, self.allow_open_mask = first_hop, tol, allow_open_mask
+        self.max_time, self.tol = max_time, tol
+        self.first_hop, self.allow_open_mask = first_hop, allow_open_mask
         self.clock: Clock = clock_from(clock) if isinstance(clock, str) else clock or FixedClock()
         self.learn_rates = learn_rates
-        self._start = float(time), math.log(rate / (1 - rate))
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        empty = torch.empty(num_heads, 1, **where)
+        # In one dimension: loops that initialize weights take matrices.
+        start = torch.full((num_heads,), float(time), **where)
         if learn_time:
-            self.time = nn.Parameter(empty)
+            self.time = nn.Parameter(start)
         else:
-            self.register_buffer("time", empty)
+            self.register_buffer("time", start)
         if learn_rates:
-            self.rate_weight = nn.Parameter(torch.empty(num_heads, head_width, **where))
-            self.rate_bias = nn.Parameter(torch.empty(num_heads, **where))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Times and rates as at the start; for modules that are made on the meta device and filled later."""
-        time, log_odds = self._start
-        nn.init.constant_(self.time, time)
-        if self.learn_rates:
-            nn.init.zeros_(self.rate_weight)
-            nn.init.constant_(self.rate_bias, log_odds)
+            self.rate_weight = nn.Parameter(torch.zeros(num_heads, head_width, **where))
+            self.rate_bias = nn.Parameter(torch.full((num_heads,), math.log(rate / (1 - rate)), **where))
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, {self.head_width}, max_time={self.max_time:g}, first_hop={self.first_hop}, clock={self.clock}"
@@ -117,7 +111,7 @@ class LieFlow(nn.Module):
         compiled = torch.compiler.is_compiling()
         if self.training and torch.is_grad_enabled() and isinstance(self.time, nn.Parameter) and not compiled:
             self.time.data.clamp_(0.0, self.max_time)
-        inside: Tensor = pick(_Inside, _InsideForwardAD).apply(self.time, self.max_time)
+        inside: Tensor = pick(_Inside, _InsideForwardAD).apply(self.time, self.max_time).unsqueeze(-1)
         return inside if self.time_scale == 1 else inside * self.time_scale
 
     def is_still(self) -> bool:

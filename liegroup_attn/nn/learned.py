@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
 from liegroup_attn.generators import DenseGenerator, Generator, SumGenerator
 from liegroup_attn.manifolds import PositiveVectors, RateMatrices, causal_support, hold
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["LearnedGenerator", "LearnedSum", "RateMatrix", "RelativeRates"]
 
 
-class LearnedGenerator(nn.Module, ABC):
+class LearnedGenerator(Resettable, ABC):
     """A generator that is a parameter: it knows the number of tokens and nothing of what they say.
 
     Args:

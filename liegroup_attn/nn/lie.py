@@ -19,16 +19,15 @@ from liegroup_attn.generators.joined import joined_generator, masked_as
 from liegroup_attn.manifolds import OpenInterval, PositiveVectors, StochasticMatrices, hold
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
-from liegroup_attn.nn.flow import LieFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
-from liegroup_attn.nn.mixer import LieMixer
+from liegroup_attn.nn.timed import Constant, Timed
 from liegroup_attn.positional import BiasEncoding
 from liegroup_attn.rates import taking_part
 
 __all__ = ["LieAttention", "scale_time"]
 
 
-class LieAttention(SelfAttention):
+class LieAttention(Timed, SelfAttention):
     """Lie attention: values flow along the generator Q made from the scores, for a learned time.
 
     Args:
@@ -72,6 +71,8 @@ class LieAttention(SelfAttention):
     """
 
     time: Tensor
+    max_time: float = Constant()  # type: ignore[assignment]
+    tol: float = Constant()  # type: ignore[assignment]
     position_rate: Tensor
     head_weights: Tensor | None
 
@@ -98,7 +99,7 @@ class LieAttention(SelfAttention):
         allow_open_mask: bool = False,
         **options: object,
     ) -> None:
-        super().__init__(embed_dim, num_heads, **options)  # type: ignore[arg-type]
+        super().__init__(embed_dim, num_heads, **options)
         max_time = 2 * time if max_time is None else max_time
         if not 0 < time < max_time or not math.isfinite(max_time):
             raise GeneratorError(
@@ -107,7 +108,6 @@ class LieAttention(SelfAttention):
         if not 0 < rate < 1:
             raise GeneratorError(f"rate: expected 0 < rate < 1, got {rate}; start near 1 for fast tokens")
         self.max_time = max_time
-        self.time_scale = 1.0
         self.first_hop = first_hop
         self.clock = clock
         self.rate_fn = rate_fn
@@ -116,7 +116,7 @@ class LieAttention(SelfAttention):
         self.tol = tol
         self.method = method
         self.allow_open_mask = allow_open_mask
-        start = torch.full((num_heads, 1), float(time))
+        start = torch.full((num_heads,), float(time))  # in one dimension: loops that initialize weights take matrices
         if learn_time:
             self.time = hold(self, "time", start, OpenInterval(max_time))
         else:
@@ -158,7 +158,7 @@ class LieAttention(SelfAttention):
                     "bias_as: expected a BiasEncoding and ordered=False beside 'rates', got "
                     f"{type(self.encoding).__name__} and ordered={self.ordered}; give encoding=ALiBi(…), or RelativeRates by plus"
                 )
-            hold(self, "position_rate", torch.full((self.num_heads, 1), float(position_rate)), PositiveVectors())
+            hold(self, "position_rate", torch.full((self.num_heads,), float(position_rate)), PositiveVectors())
 
     def extra_repr(self) -> str:  # noqa: D102
         switches = f"first_hop={self.first_hop}, clock={self.clock}, max_time={self.max_time:g}"
@@ -212,7 +212,7 @@ class LieAttention(SelfAttention):
             hidden = hidden | ~taking_part(attn_mask)
         alone = hidden.all(-1, keepdim=True)
         chain = torch.where(hidden & ~alone, -torch.inf, bias).softmax(-1) * ~alone
-        of_positions = DenseGenerator.from_rates(self.position_rate.unsqueeze(-1).to(bias.dtype) * chain)
+        of_positions = DenseGenerator.from_rates(self.position_rate[:, None, None].to(bias.dtype) * chain)
         of_positions.is_causal = self.is_causal
         return of_positions if added is None else added + of_positions
 
@@ -249,7 +249,7 @@ class LieAttention(SelfAttention):
 
     def flow_time(self) -> Tensor:
         """t per head as used, (H, 1): learned time × ``time_scale``."""
-        return self.time * self.time_scale
+        return self.time.unsqueeze(-1) * self.time_scale
 
     def mix(  # noqa: D102
         self,
@@ -380,7 +380,7 @@ def scale_time(module: nn.Module, factor: float) -> int:
     """
     if not (factor >= 0 and math.isfinite(factor)):
         raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {factor}; the flow runs forward only")
-    layers = [m for m in module.modules() if isinstance(m, LieAttention | LieMixer | LieFlow)]
+    layers = [m for m in module.modules() if isinstance(m, Timed)]
     if not layers:
         raise GeneratorError(
             "module: expected a LieAttention, LieMixer or converted attention inside, got none; only these have a time"

@@ -14,11 +14,12 @@ from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.scores import BilinearScores
+from liegroup_attn.nn.timed import Timed
 
 __all__ = ["LieMixer"]
 
 
-class LieMixer(SelfAttention):
+class LieMixer(Timed, SelfAttention):
     """Values flow along a generator that does not depend on them: exp(Q)V, Q a parameter on its manifold.
 
     What an MLP-Mixer is to attention, with a mixing matrix that stays stochastic. The rates of Q carry the time.
@@ -60,7 +61,6 @@ class LieMixer(SelfAttention):
         super().__init__(embed_dim, num_heads, is_causal=generator.is_causal, dropout=dropout, bias=bias)
         self.learned = generator
         self.clock = clock
-        self.time_scale = 1.0
         self.method = method
 
     def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:

@@ -39,7 +39,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
     and learns from there. It works inside ``nn.TransformerEncoderLayer`` and ``nn.TransformerDecoderLayer``, which never
     take their fused softmax path around it.
 
-    Queries and keys must be the same tokens (the same tensor): only then is S square and has a generator. Across
+    Queries and keys must be the same tokens, passed as one and the same tensor: only then is S square and has a generator. Across
     different tokens only time 0 exists: such a call is softmax attention while time is 0, and an error after. With a
     ``kdim`` or ``vdim`` of its own the module has nothing to learn and is softmax attention altogether, and so it is
     with ``add_bias_kv`` or ``add_zero_attn``. A row whose
@@ -98,7 +98,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         )
         flow = LieFlow(num_heads, self.head_dim, device=device, dtype=dtype, **lie_options)
         reason = why_not_square(self)
-        if reason is not None and (flow.time > 0).any():
+        if reason is not None and lie_options.get("time", 0) > 0:
             raise ShapeError(
                 f"{reason}: expected none of it beside time={lie_options['time']:g}, got it; keys that are not the queries' "
                 "tokens make S other than square, and only softmax attention (time 0) exists"
@@ -135,6 +135,10 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         del self.lie
         self._qkv_same_embed_dim = self.in_proj_weight is not None
 
+    def reset_parameters(self) -> None:
+        """Start values, drawn anew where they are random."""
+        self._reset_parameters()
+
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
@@ -162,7 +166,8 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         flow = self.lie
         if (
             flow is None
-            or not same_tokens(query, key)
+            or query
+            is not key  # two views of one tensor are two tensors: addresses mean nothing under compile or torch.func
             or query.dim() not in (2, 3)
             or value.shape[:-1] != key.shape[:-1]
         ):
@@ -197,11 +202,13 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if one:  # one product instead of three
-            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            parts = F.linear(query, self.in_proj_weight, _as(self.in_proj_bias, query)).chunk(3, -1)
         else:
             weights = self.in_proj_weight.chunk(3)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            parts = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+            parts = tuple(
+                F.linear(x, w, _as(b, x)) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            )
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
 
     def _mask(
@@ -264,7 +271,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
             raise ShapeError(
                 f"key: expected the query itself, got another tensor of shape {tuple(key.shape)} beside a query of shape "
                 f"{tuple(query.shape)}; across different tokens there is no generator, only softmax attention (time 0): "
-                "exclude this module from the conversion"
+                "pass one tensor as both if they are the same tokens, else exclude this module from the conversion"
             )
         if self.lie is not None and torch.is_grad_enabled() and self.lie.time.requires_grad and self.training:
             warnings.warn(
@@ -304,6 +311,11 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         return (out.transpose(0, 1) if swap else out), weights
 
 
+def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bias may have a dtype of its own, which torch's module takes."""
+    return None if bias is None else bias.to(x.dtype)
+
+
 def _taking_part(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Torch's mask as ours: bool True = takes part, or float."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -320,15 +332,3 @@ def why_not_square(module: nn.MultiheadAttention) -> str | None:
     if module.add_zero_attn:
         return "add_zero_attn"
     return "kdim or vdim" if module.in_proj_weight is None else None
-
-
-def same_tokens(query: Tensor, key: Tensor) -> bool:
-    """Whether keys are the queries' tokens: one tensor, or two views of the same numbers."""
-    if query is key:
-        return True
-    if query.shape != key.shape or query.stride() != key.stride() or torch.compiler.is_compiling():
-        return False
-    try:
-        return query.data_ptr() == key.data_ptr() != 0
-    except RuntimeError:  # torch.func: a tensor that has no storage of its own
-        return False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.manifolds import PositiveVectors, RateMatrices, Stiefel, hold
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["BilinearScores", "RateScores", "SkewScores", "SpectralScores", "SymmetricScores"]
 
@@ -17,7 +18,7 @@ __all__ = ["BilinearScores", "RateScores", "SkewScores", "SpectralScores", "Symm
 _SIZE = 1 / 3
 
 
-class BilinearScores(nn.Module, ABC):
+class BilinearScores(Resettable, ABC):
     """Queries and keys of every head from one matrix A per head, factored so that no C×C matrix is formed.
 
     Args:

@@ -9,11 +9,12 @@ from liegroup_attn.errors import ShapeError, without_autocast
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.manifolds import DoublyBalancedRateMatrices, hold
 from liegroup_attn.nn.learned import generator_of
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["Residual", "ResidualStreams"]
 
 
-class Residual(nn.Module):
+class Residual(Resettable):
     """One stream: the layer reads it and adds to it."""
 
     num_streams = 1

@@ -17,6 +17,7 @@ from liegroup_attn.nn.generation import continue_tokens
 from liegroup_attn.nn.recipe import ROPE, AttentionRecipe, build_attention, build_encoding
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.positional import AbsoluteEncoding
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["Block", "Transformer"]
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
         return self.mlp_residual.write(x, self.dropout(y))
 
 
-class Transformer(nn.Module):
+class Transformer(Resettable):
     """A stack of pre-norm blocks and a last norm; token embedding and head belong to the caller.
 
     Args:

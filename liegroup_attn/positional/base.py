@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, ShapeError, check_shape, fits, values_visible, without_autocast
+from liegroup_attn.resettable import Resettable
 
 __all__ = ["AbsoluteEncoding", "BiasEncoding", "PositionalEncoding", "RotationEncoding", "grid_positions"]
 
 
-class PositionalEncoding(nn.Module, ABC):
+class PositionalEncoding(Resettable, ABC):
     """What all encodings share: positions are checked once, here, and computed with in at least float32.
 
     Positions are (..., N) on one axis and (..., N, P) on P axes; integers, or float32 and float64 where ``fractional``.

@@ -96,6 +96,6 @@ def golden(flow: LieFlow, scores: Tensor, value: Tensor) -> Tensor:
         hops = np.exp(s - s.max(-1, keepdims=True))
         hops /= hops.sum(-1, keepdims=True)
         rho = 1 / (1 + np.exp(-(v @ flow.rate_weight[h].detach().numpy() + float(flow.rate_bias[h].detach()))))
-        time = float(flow.time.detach()[h, 0])
+        time = float(flow.time.detach()[h])
         out[b, h] = hops @ expm(time * rho[:, None] * (hops - np.eye(len(s)))) @ v
     return torch.from_numpy(out)

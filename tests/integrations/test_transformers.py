@@ -36,7 +36,7 @@ def set_time(model, time):
     with torch.no_grad():
         for _, module in flowing(model):
             flow = module.lie
-            flow.time.copy_(time * torch.linspace(0.5, 1, flow.num_heads, dtype=flow.time.dtype).unsqueeze(-1))
+            flow.time.copy_(time * torch.linspace(0.5, 1, flow.num_heads, dtype=flow.time.dtype))
             if flow.learn_rates:
                 flow.rate_weight.copy_(0.3 * torch.randn(flow.rate_weight.shape, generator=draw))
 
@@ -428,7 +428,7 @@ def test_05_an_open_window_is_refused():
     assert torch.isfinite(local(**case.inputs(2, 9)).logits).all()
 
 
-def test_05_a_mask_of_ones_own_is_looked_at_once(monkeypatch):
+def test_05_a_mask_of_ones_own_is_looked_at_and_nothing_is_kept_of_it(monkeypatch):
     model = llama()
     ids = ids_of(2, 6)
     looked = []
@@ -445,7 +445,10 @@ def test_05_a_mask_of_ones_own_is_looked_at_once(monkeypatch):
     blocks = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().tril()[None, None]
     own = logits(model, input_ids=ids, position_ids=packed, attention_mask=blocks, use_cache=False)
     close(own, both, 2e-5)
-    assert len(looked) == 1
+    assert len(looked) == model.config.num_hidden_layers
+    blocks[..., 2:5, :] = torch.ones(6, 6).tril().triu(-1).bool()[2:5]  # in place, into one that leaks
+    with pytest.raises(MaskError, match="closed"):
+        model(input_ids=ids, position_ids=packed, attention_mask=blocks, use_cache=False)
     window = torch.ones(6, 6).tril().triu(-1).bool()[None, None]
     with pytest.raises(MaskError, match="closed"):
         model(input_ids=ids, attention_mask=window, use_cache=False)

@@ -47,7 +47,7 @@ def classifier(recipe=RECIPES["fixed"], **options) -> TokenClassifier:
         if isinstance(layer, LieAttention):
             torch.nn.init.normal_(layer.rate_weight)
             with torch.no_grad():
-                layer.time.mul_(torch.tensor([[0.5], [1.5]]))
+                layer.time.mul_(torch.tensor([0.5, 1.5]))
     return model
 
 
@@ -77,7 +77,7 @@ def golden(layer, x: torch.Tensor) -> dict[str, float]:
         mixing = layer.mixing_matrix(x).double().numpy()
         return {"entropy": float(-(mixing * np.log(mixing)).sum(-1).mean())}
     generator = layer.generator(x).dense().double().numpy()  # (B, H, N, N)
-    time = layer.time.detach().double().numpy()[..., None]  # (H, 1, 1)
+    time = layer.time.detach().double().numpy()[:, None, None]  # (H, 1, 1)
     chain = layer.generator(x).jump_chain().double().numpy()
     exits = -np.diagonal(generator, axis1=-2, axis2=-1)[..., None]  # (B, H, N, 1)
     if layer.clock is None:

@@ -85,7 +85,7 @@ def golden(flow: LieFlow, query, key, value) -> dict[str, float]:
     rates = 1 / (1 + np.exp(-np.einsum("bhnd,hd->bhn", v, weight) - bias[:, None]))
     eye = np.eye(q.shape[-2])
     generator = rates[..., None] * (chain - eye)
-    time = flow.time.detach().double().numpy()[..., None]
+    time = flow.time.detach().double().numpy()[:, None, None]
     exits = -np.diagonal(generator, axis1=-2, axis2=-1)[..., None]
     shape = flow.clock.resolvents
     if shape is None:

@@ -176,7 +176,7 @@ def test_a_language_model_trains_resumes_and_generates(tmp_path):
     fitted.fit(model)
     time = model.transformer.blocks[0].attention.time
     assert time.dtype == torch.float32
-    assert not torch.equal(time, torch.full((2, 1), 1.3))
+    assert not torch.equal(time, torch.full((2,), 1.3))
     assert all(p.dtype == torch.bfloat16 for name, p in model.named_parameters() if not name.endswith("time"))
     assert fitted.optimizers[0].state[time]["exp_avg"].dtype == torch.float32
     assert fitted.optimizers[0].state[model.head.weight]["exp_avg"].dtype == torch.bfloat16

@@ -57,7 +57,7 @@ def build(recipe: dict, dtype: torch.dtype = torch.float32, **options):
         if isinstance(layer, LieAttention):
             layer.rate_weight.normal_(0, 0.5)
             line = OpenInterval(layer.max_time)
-            layer.time.copy_(line.from_chart(line.chart(layer.time) + torch.linspace(-0.5, 0.3, H)[:, None]))
+            layer.time.copy_(line.from_chart(line.chart(layer.time) + torch.linspace(-0.5, 0.3, H)))
     return layer.to(dtype)
 
 

@@ -35,7 +35,7 @@ def moved(module: nn.Module, time: float = 0.8) -> nn.Module:
     for flow in module.modules():
         if isinstance(flow, LieFlow):
             with torch.no_grad():
-                flow.time.copy_(time * torch.linspace(0.5, 1.2, flow.num_heads).unsqueeze(-1))
+                flow.time.copy_(time * torch.linspace(0.5, 1.2, flow.num_heads))
                 flow.rate_weight.normal_()
     return module
 
@@ -148,7 +148,7 @@ def test_away_from_0_it_is_the_formula(clock):
     chain = torch.einsum("bnhd,bmhd->bhnm", q, k).div(2.0).softmax(-1)  # √(C / H) = 2
     rho = (torch.einsum("bnhd,hd->bhn", v, ours.lie.rate_weight) + ours.lie.rate_bias[:, None]).sigmoid()
     flow = DenseGenerator(rho[..., None] * (chain - torch.eye(N)))
-    expected = chain @ transition_matrix(flow, ours.lie.time, clock=clock)
+    expected = chain @ transition_matrix(flow, ours.lie.flow_time(), clock=clock)
     torch.testing.assert_close(weights, expected, atol=1e-8, rtol=0)
 
 
@@ -238,10 +238,10 @@ def test_across_different_tokens():
     same_size = torch.randn(B, N, C)
     torch.testing.assert_close(ours(x, same_size, same_size), theirs(x, same_size, same_size))
     moved(ours)
-    for key in (memory, same_size, x.clone()):
-        with pytest.raises(ShapeError, match="exclude this module"):
+    # Two views of one tensor, too: whether they are the same tokens, compiled graphs and torch.func could not tell.
+    for key in (memory, same_size, x.clone(), x.view(B, N, C)):
+        with pytest.raises(ShapeError, match="pass one tensor as both"):
             ours(x, key, key)
-    torch.testing.assert_close(ours(x, x.view(B, N, C), x.view(B, N, C)), ours(x, x, x))  # the same numbers in memory
     other = torch.randn(B, N, C)
     assert not torch.allclose(ours(x, x, other)[0], ours(x, x, x)[0])  # other values of the same tokens
 

@@ -16,7 +16,7 @@ SETTINGS = [
     # key, value in the recipe, what the module holds
     ("num_kv_heads", 1, lambda m: m.k_proj.out_features == 4),
     ("max_time", 7.0, lambda m: m.max_time == 7.0 == m.time.manifold.upper),
-    ("time", 0.25, lambda m: m.time.tolist() == [[0.25], [0.25]] and m.max_time == 0.5),
+    ("time", 0.25, lambda m: m.time.tolist() == [0.25, 0.25] and m.max_time == 0.5),
     ("learn_time", False, lambda m: "time" not in dict(m.named_parameters()) and "time" in dict(m.named_buffers())),
     ("learn_rates", False, lambda m: not m.learn_rates and "rate_weight" not in dict(m.named_parameters())),
     ("rate", 0.9, lambda m: m.rate_bias.sigmoid().allclose(m.rate_bias.new_tensor(0.9))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,16 +15,25 @@ from liegroup_attn.nn.flow import LieFlow
 __all__ = ["KeptLayer", "cache_layer", "check_call", "forget", "note_call", "take_call"]
 
 
+# Of the calls under way in this thread: several may serve one model.
+_noted = threading.local()
+
+
+def _calls() -> dict[int, tuple[Cache | None, bool]]:
+    return getattr(_noted, "calls", {})
+
+
 def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention: its cache and whether weights are wanted, which its function is not told."""
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-    module.__dict__["_lie_call"] = (cache, bool(kwargs.get("output_attentions")))
+    _noted.calls = {**_calls(), id(module): (cache, bool(kwargs.get("output_attentions")))}
 
 
 def take_call(module: nn.Module) -> tuple[Cache | None, bool]:
     """What ``note_call`` noted, once."""
-    found: tuple[Cache | None, bool] = module.__dict__.pop("_lie_call", (None, False))
-    return found
+    calls = _calls()
+    _noted.calls = {key: call for key, call in calls.items() if key != id(module)}
+    return calls.get(id(module), (None, False))
 
 
 def check_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -32,7 +42,7 @@ def check_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     Raises:
         ConversionError: time may pass, and the function of the implementation "lie" was not called.
     """
-    if "_lie_call" not in module.__dict__:
+    if id(module) not in _calls():
         return
     take_call(module)
     flow: LieFlow = module.lie  # type: ignore[assignment]

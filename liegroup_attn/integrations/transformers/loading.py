@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import wraps
@@ -22,6 +23,7 @@ from liegroup_attn.nn.flow import LieFlow
 __all__ = ["NAME", "attach", "detach", "flowing", "register", "ways", "written"]
 
 NAME = "lie"
+_state = threading.local()  # whether weights are loaded in this thread, of which a factor on a time is none
 
 
 def register() -> None:
@@ -42,6 +44,7 @@ def register() -> None:
     if not hasattr(PreTrainedModel.post_init, "_lie"):
         PreTrainedModel.post_init = _with_flows(PreTrainedModel.post_init)
         PreTrainedModel.from_pretrained = classmethod(_with_check(PreTrainedModel.from_pretrained.__func__))
+        PreTrainedModel.save_pretrained = _with_factors(PreTrainedModel.save_pretrained)
 
 
 def attach(model: nn.Module, spec: dict[str, Any]) -> None:
@@ -66,7 +69,6 @@ def attach(model: nn.Module, spec: dict[str, Any]) -> None:
 def detach(module: nn.Module) -> None:
     """Take a flow and its hooks out of a module."""
     del module.lie
-    module.__dict__.pop("_lie_call", None)
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is note_call]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -93,6 +95,8 @@ def _with_flows(post_init: Any) -> Any:
         post_init(self)
         if groups := getattr(self.config, "lie_attention", None):
             _attach_all(self, groups["flows"])
+            if not getattr(_state, "loading", False):
+                _scale(self)
         parts = [part for part in _naming(self) if any(True for _ in flowing(part))]
         if parts:
             made_with_own_configs(self)
@@ -101,6 +105,38 @@ def _with_flows(post_init: Any) -> Any:
 
     wrapped._lie = True  # type: ignore[attr-defined]
     return wrapped
+
+
+def _with_factors(save_pretrained: Any) -> Any:
+    """Before saving: factors on times go into the configuration, and are no weights to be looked for."""
+
+    @wraps(save_pretrained)
+    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        for part in _naming(self):
+            for spec in part.config.lie_attention["flows"]:
+                factors = {path: flow.time_scale for path, flow in _flows_of(part, spec)}
+                spec["time_scale"] = {path: factor for path, factor in factors.items() if factor != 1}
+        if any(True for _ in flowing(self)):
+            state = kwargs.get("state_dict") or self.state_dict()
+            kwargs["state_dict"] = {key: x for key, x in state.items() if not key.endswith("lie.time_scale")}
+        return save_pretrained(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _flows_of(model: PreTrainedModel, spec: dict[str, Any]) -> Iterator[tuple[str, LieFlow]]:
+    """Paths as a configuration writes them, and the flows of this model that they name."""
+    flows: dict[str, Any] = {name: module.lie for name, module in flowing(model)}
+    for path in spec["layers"]:
+        if (here := next((way for way in ways(model, path) if way in flows), None)) is not None:
+            yield path, flows[here]
+
+
+def _scale(model: PreTrainedModel) -> None:
+    """Factors on times, as a configuration has them."""
+    for spec in model.config.lie_attention["flows"]:
+        for path, flow in _flows_of(model, spec):
+            flow.time_scale = spec.get("time_scale", {}).get(path, 1.0)
 
 
 def _naming(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -131,9 +167,14 @@ def _with_check(from_pretrained: Any) -> Any:
 
     @wraps(from_pretrained)
     def wrapped(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
+        _state.loading = True
+        try:
+            model, info = from_pretrained(cls, *args, output_loading_info=True, **kwargs)
+        finally:
+            _state.loading = False
         groups = getattr(model.config, "lie_attention", None)
         if groups:
+            _scale(model)
             _start_missing(model, info["missing_keys"])
             wanted = sum(len(spec["layers"]) for spec in groups["flows"])
             found = sum(1 for _ in flowing(model))

@@ -29,6 +29,7 @@ _WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay":
 class _Known(NamedTuple):
     closed: bool
     causal: bool
+    version: int | None = None  # of the mask it is known of; None where torch counts none
 
 
 def lie_mask(
@@ -51,8 +52,18 @@ def lie_mask(
     mask = sdpa_mask(mask_function=mask_function, q_length=q_length, q_offset=q_offset, **kwargs)
     if mask is not None and not torch.compiler.is_compiling():
         seen = q_offset + q_length if isinstance(q_offset, int) else None
-        mask.lie_known = _known(mask_function, seen)
+        mask.lie_known = _known(mask_function, seen)._replace(version=_version(mask))
     return mask
+
+
+def _version(mask: Tensor) -> int | None:
+    return None if mask.is_inference() else mask._version
+
+
+def _known_of(mask: Tensor | None) -> _Known | None:
+    """What ``lie_mask`` knew of a mask that it made, unless its values have been changed since."""
+    known: _Known | None = getattr(mask, "lie_known", None)
+    return known if mask is not None and known is not None and known.version == _version(mask) else None
 
 
 def _known(function: Callable[..., Any], seen: int | None) -> _Known:
@@ -73,14 +84,14 @@ def _known(function: Callable[..., Any], seen: int | None) -> _Known:
 
 
 def closed_mask(mask: Tensor | None, module: nn.Module) -> None:
-    """Raise MaskError unless a mask is known to be closed, or is found to be; it is looked at once.
+    """Raise MaskError unless a mask is known to be closed, or is found to be: what a call finds is kept nowhere.
 
     Args:
         mask: broadcastable to (B, H, N, P + N), bool (True = takes part) or float.
         module: that uses it, for the message.
     """
-    known = getattr(mask, "lie_known", _Known(False, False))
-    if mask is None or known.closed or torch.compiler.is_compiling():
+    made = _known_of(mask)
+    if mask is None or (made is not None and made.closed) or torch.compiler.is_compiling():
         return
     where = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
     remedy = 'convert with exclude="…" for layers with a local mask, or with allow_open_mask=True'
@@ -89,7 +100,7 @@ def closed_mask(mask: Tensor | None, module: nn.Module) -> None:
             f"attention_mask: expected one of causality, padding and blocks while tokens are decoded, got a local or unknown one in "
             f"{where}, through which exp(tQ) may reach tokens that it hides; {remedy}"
         )
-    if mask.size(-2) == 1 and mask.size(-1) > 1 and hasattr(mask, "lie_known"):
+    if mask.size(-2) == 1 and mask.size(-1) > 1 and made is not None:
         raise MaskError(
             f"attention_mask: expected a transitively closed mask, got a sliding window shorter than the text in {where}, through "
             f"which exp(tQ) reaches tokens that it hides; {remedy}"
@@ -98,7 +109,6 @@ def closed_mask(mask: Tensor | None, module: nn.Module) -> None:
         check_closed(mask)
     except MaskError as error:
         raise MaskError(f"{error}; in {where}: {remedy}") from None
-    mask.lie_known = _Known(True, known.causal)  # type: ignore[attr-defined]
 
 
 def is_causal_mask(mask: Tensor | None, new: int, causal_without: bool) -> bool:
@@ -113,8 +123,8 @@ def is_causal_mask(mask: Tensor | None, new: int, causal_without: bool) -> bool:
         return True
     if mask is None:
         return causal_without
-    known = getattr(mask, "lie_known", _Known(False, False))
-    if known.causal:
+    made = _known_of(mask)
+    if made is not None and made.causal:
         return True
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     ahead = torch.ones(new, mask.size(-1), dtype=torch.bool, device=mask.device).triu(mask.size(-1) - new + 1)

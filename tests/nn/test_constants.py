@@ -1,0 +1,101 @@
+"""Numbers that a module keeps: constants of a compiled graph, saved where they change the output."""
+
+import pytest
+import torch
+
+import liegroup_attn as la
+from liegroup_attn.expm import Uniformization
+from liegroup_attn.nn import (
+    LieAttention,
+    LieFlow,
+    LieMixer,
+    LieMultiheadAttention,
+    RateMatrix,
+    SoftmaxAttention,
+    Transformer,
+    convert_attention,
+    scale_time,
+)
+
+N, C, H = 6, 16, 2
+X = torch.randn(1, N, C, generator=torch.Generator().manual_seed(0))
+
+
+def converted():
+    model = SoftmaxAttention(C, H, is_causal=True)
+    convert_attention(model, time=0.5)
+    return model
+
+
+TIMED = {
+    "lie": lambda: LieAttention(C, H, is_causal=True),
+    "mixer": lambda: LieMixer(C, H, RateMatrix(H, num_tokens=N)),
+    "converted": converted,
+    "transformer": lambda: Transformer(C, 2, H, {"module": "LieAttention"}, is_causal=True),
+}
+# Two modules that differ in one number, compiled one after the other.
+UNLIKE = {
+    "max_time": lambda k: LieAttention(C, H, is_causal=True, max_time=2.0 + k),
+    "max_time, not causal": lambda k: LieAttention(C, H, max_time=2.0 + 30 * k),
+    "tol": lambda k: LieAttention(C, H, is_causal=True, tol=(1e-3, 1e-5, 1e-6)[k]),
+    "resolvent": lambda k: LieAttention(C, H, max_time=2.0 + k, clock=la.ErlangClock(1 + k)),
+    "tol of a method": lambda k: LieAttention(
+        C, H, method=Uniformization(tol=(1e-3, 1e-5, 1e-6)[k], formed=True), is_causal=True
+    ),
+    "hops of a method": lambda k: LieAttention(C, H, method=Uniformization(max_terms=3 + k, formed=True)),
+    "multi-head": lambda k: LieMultiheadAttention(C, H, time=0.5, max_time=1.0 + k, batch_first=True),
+    "scaled": lambda k: (lambda layer: (scale_time(layer, 1.0 + k), layer)[1])(LieAttention(C, H, is_causal=True)),
+}
+
+
+def _output(module, run=None):
+    run = module if run is None else run
+    found = run(X, X, X) if isinstance(module, LieMultiheadAttention) else run(X)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("make", UNLIKE.values(), ids=UNLIKE.keys())
+def test_a_number_of_a_module_is_a_constant_of_its_graph(make, dynamic):
+    torch._dynamo.reset()
+    for k in range(3):  # the second value is what makes a symbol of a float
+        module = make(k).eval()
+        fast = torch.compile(module, backend="eager", dynamic=dynamic)
+        torch.testing.assert_close(_output(module, fast), _output(module))
+
+
+@pytest.mark.parametrize("make", TIMED.values(), ids=TIMED.keys())
+def test_scaled_time_is_compiled_anew_and_saved(make):
+    torch._dynamo.reset()
+    layer = make().eval()
+    fast, plain = torch.compile(layer, backend="eager"), _output(layer)
+    torch.testing.assert_close(_output(layer, fast), plain)
+    keys = layer.state_dict().keys()
+    scale_time(layer, 0.5)
+    torch.testing.assert_close(_output(layer, fast), _output(layer))
+    assert not torch.allclose(_output(layer), plain)
+    again = make().eval()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(_output(again), _output(layer))
+    scale_time(layer, 1.0)
+    assert layer.state_dict().keys() == keys  # what never was scaled is saved as ever
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(_output(again), plain)
+
+
+def test_times_that_were_saved_as_columns_are_loaded():
+    for old in (LieAttention(C, H), LieFlow(H, C // H, time=0.5)):
+        state = {key: x.unsqueeze(-1) if key == "time" else x for key, x in old.state_dict().items()}
+        new = type(old)(*((C, H) if isinstance(old, LieAttention) else (H, C // H)))
+        new.load_state_dict(state)
+        assert torch.equal(new.flow_time(), old.flow_time())
+
+
+def test_loops_over_matrices_leave_times_alone():
+    model = torch.nn.ModuleList(make() for make in TIMED.values())
+    before = {name: p.clone() for name, p in model.named_parameters() if name.endswith("time")}
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not hasattr(parameter, "manifold"):
+            torch.nn.init.xavier_uniform_(parameter)
+    assert len(before) == 4
+    assert all(torch.equal(dict(model.named_parameters())[name], x) for name, x in before.items())
