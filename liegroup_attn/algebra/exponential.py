@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import square, squares
-from liegroup_attn.errors import without_autocast
+from liegroup_attn.errors import values_visible, without_autocast
 
 __all__ = ["dexp", "expm"]
+
+_LARGE = 1024.0  # a norm from which on it is worth two products to ask whether it tells the truth
 
 
 def expm(X: Tensor) -> Tensor:
     """Exponential exp(X) = Σ_k Xᵏ/k!: ``torch.matrix_exp`` where it is exact.
 
     Never in half precision nor under autocast (garbage), never of a batch of one (torch's other coefficients are
-    less exact), and of the transpose where that has the smaller norm: a sink column then costs no digits.
-    Differentiable any number of times.
+    less exact), and of the transpose where that has the smaller norm: a sink column then costs no digits. A matrix whose
+    powers are far smaller than its norm tells (strongly non-normal) is scaled by those powers instead, where values are
+    visible; torch scales it by its norm, and no digit would be left. Differentiable any number of times.
 
     Args:
         X: (..., N, N), any real matrices; for the transition matrix P(t) pass tQ.
@@ -34,7 +37,7 @@ def expm(X: Tensor) -> Tensor:
         tensor([[0.5677, 0.4323],
                 [0.4323, 0.5677]])
 
-    Source: [AlMohy2009]_, [Moler2003]_.
+    Source: [AlMohy2009]_ (powers instead of norms), [Moler2003]_.
     """
     X = square("X", X)
     if X.numel() == 0:
@@ -45,8 +48,44 @@ def expm(X: Tensor) -> Tensor:
         flat = torch.where(lighter, X.mT, X).reshape(-1, *X.shape[-2:])  # (b, N, N)
         if flat.size(0) == 1:  # torch.matrix_exp of a single matrix is less exact (pytorch #196592)
             flat = torch.cat([flat, flat.detach()])
-        result = torch.matrix_exp(flat.contiguous())[: X.shape[:-2].numel()].reshape(X.shape)
+        if (apart := _overscaled(flat.detach())) is None:
+            result = torch.matrix_exp(flat.contiguous())
+        else:  # each by its own way, and none through the other, whose gradient may be no number
+            result = torch.where(apart, _by_powers(flat.where(apart, 0)), torch.matrix_exp(flat.where(~apart, 0)))
+        result = result[: X.shape[:-2].numel()].reshape(X.shape)
         return torch.where(lighter, result.mT, result)
+
+
+def _overscaled(X: Tensor) -> Tensor | None:
+    """Which matrices torch would scale by far too much, (b, 1, 1); None if none, or where no value is visible."""
+    if not values_visible(X) or not bool(((norm := _norm(X)) > _LARGE).any()):
+        return None
+    found = norm > 8 * _reach(X)
+    return found[:, None, None] if bool(found.any()) else None
+
+
+def _norm(X: Tensor) -> Tensor:
+    """‖X‖₁, (b,)."""
+    return X.abs().sum(-2).amax(-1)
+
+
+def _reach(X: Tensor) -> Tensor:
+    """How large X is as its powers show it, max(‖X⁴‖^(1/4), ‖X⁵‖^(1/5)), (b,)."""
+    fourth = torch.linalg.matrix_power(X, 4)
+    return torch.maximum(_norm(fourth) ** 0.25, _norm(fourth @ X) ** 0.2)
+
+
+def _by_powers(X: Tensor) -> Tensor:
+    """exp(X) = (Σ_{k ≤ 18} (X/2ˢ)ᵏ/k!)^(2ˢ), s from what powers of X reach: (b, N, N)."""
+    squarings = (_reach(X.detach()) / 1.09).log2().ceil().clamp_min(0)[:, None, None]
+    part = X * 2.0**-squarings
+    eye = torch.eye(X.size(-1), dtype=X.dtype, device=X.device)
+    found = eye.expand_as(X)
+    for k in range(18, 0, -1):
+        found = eye + part @ found / k
+    for done in range(int(squarings.max())):
+        found = torch.where(done < squarings, found @ found, found)
+    return found
 
 
 def dexp(X: Tensor, H: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ EXP = {
     "skew": square_matrix(4) - square_matrix(4).mT,
     "strided": rate_matrix(4).mT,
 }
+# Upper triangular, of unlike sizes: a norm of 1e5 and powers that vanish.
+NON_NORMAL = torch.diag(torch.tensor([0.3, -0.2, 0.1, 0.25], dtype=D)) + 3e4 * torch.ones(4, 4, dtype=D).triu(1)
 
 
 def close(got: torch.Tensor, expected: object, rtol: float = 1e-13) -> None:
@@ -41,6 +43,22 @@ def test_expm_is_scipys(name):
     close(expm(X), scipy.linalg.expm(X.numpy()))
     close(expm(torch.stack([X, -X]))[1], scipy.linalg.expm(-X.numpy()), 1e-12)
     close(expm(X.float()).double(), scipy.linalg.expm(X.float().double().numpy()), 3e-5 if "rates 20" in name else 3e-6)
+
+
+def test_strongly_non_normal_matrices_keep_their_digits():
+    """Each entry, beside matrices of other kinds; torch scales by the norm and loses what SciPy keeps."""
+    both = torch.stack([NON_NORMAL, torch.zeros(4, 4, dtype=D), NON_NORMAL.mT]).requires_grad_()
+    found = expm(both)
+    expected = scipy.linalg.expm(NON_NORMAL.numpy())
+    np.testing.assert_allclose(found[0].detach().numpy(), expected, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(found[2].detach().numpy(), expected.T, rtol=1e-12, atol=1e-300)
+    assert torch.equal(found[1], torch.eye(4, dtype=D))
+    (gradient,) = torch.autograd.grad(found[:, 0, 3].sum(), both)
+    assert gradient.isfinite().all()
+    step = torch.zeros_like(both)
+    step[0, 1, 2] = 1e-2
+    (slope,) = (expm(both.detach() + step) - expm(both.detach() - step))[0, 0, 3:] / 2e-2
+    assert abs(float(gradient[0, 1, 2] / slope) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("t", [1e-4, 0.1, 1.0, 10.0, 1e3])
