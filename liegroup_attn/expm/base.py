@@ -201,5 +201,5 @@ def mixture(weights: Tensor, terms: Sequence[Tensor]) -> Tensor:
     rows = weights.unsqueeze(-1) if weights.dim() > 1 else weights
     total = rows[0] * terms[0]
     for weight, term in zip(rows[1:], terms[1:], strict=True):
-        total = total + weight * term
+        total = torch.addcmul(total, weight, term)
     return total

@@ -69,8 +69,8 @@ def extend_jumps(
 
 
 class _Known:
-    """Iterates of earlier rows in pieces that double in size: blocks come one by one, and no tensor is written in place
-    (vmap) nor copied more than log₂ times."""
+    """Iterates of earlier rows in pieces, of which four become one: blocks come one by one, and no tensor is written in
+    place (vmap) nor copied more than log₄ times."""
 
     def __init__(self, past: Tensor | None) -> None:
         self.past = [] if past is None or not past.size(-2) else [past]
@@ -78,9 +78,9 @@ class _Known:
         self.offset = 0 if past is None else past.size(-2)
 
     def append(self, block: Tensor) -> None:
-        while self.pieces and self.pieces[-1].size(-2) == block.size(-2):
-            block = torch.cat([self.pieces.pop(), block], -2)
         self.pieces.append(block)
+        while len(self.pieces) > 3 and self.pieces[-4].size(-2) == self.pieces[-1].size(-2):
+            self.pieces[-4:] = [torch.cat(self.pieces[-4:], -2)]
 
     def seen_by(self, before: Tensor, nothing: Tensor) -> Tensor:
         """before (B, b, rows known) times all that is known, (B, b, M·D)."""
@@ -109,7 +109,6 @@ class _CausalJumps(torch.autograd.Function):
         plan = ctx.plan
         spans = _spans(value.size(-2), plan.block_size)
         wide = jumped_from(value, jumps, onward, plan)
-        wide_one = torch.cat([wide, torch.ones_like(wide[..., :1])], -1)
         # One accumulator a block: slices of one tensor could not be written in place under vmap.
         later: list[Any] = [0.0] * len(spans)  # Σ over later rows of Sᵀh
         d_key: list[Any] = [0.0] * len(spans)
@@ -123,7 +122,7 @@ class _CausalJumps(torch.autograd.Function):
                 rows, later[i], a, wide[:, start:stop], jumps[:, start:stop], grad[:, start:stop], plan
             )
             weight = (h * jumps[:, start:stop]).sum(-1, keepdim=True)  # Σ_j of S ∘ dS
-            d_scores = torch.cat([h, -weight], -1) @ wide_one[:, :stop].mT
+            d_scores = torch.baddbmm(-weight, h, wide[:, :stop].mT)
             d_scores *= rows.chain  # softmax backward: S ∘ (dS − Σ S ∘ dS)
             d_query.append(d_scores @ key[:, :stop])
             for j, part in enumerate((d_scores.mT @ query[:, start:stop]).split(plan.block_size, -2)):

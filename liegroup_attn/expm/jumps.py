@@ -109,10 +109,10 @@ def run_block(
             right = stay * x + go * far
             right = right if push is None else right + stay * push[m]
             x = torch.linalg.solve_triangular(system, right, upper=False)
-            jump = far + rows.here @ x
+            jump = _added(far, rows.here, x)
             kept.append(x)
         else:
-            jump = far + rows.here @ x
+            jump = _added(far, rows.here, x)
             kept.append(x)
             x = step(x, jump, onward, implicit=False)
             x = x if push is None else x + push[m]
@@ -142,7 +142,7 @@ def reverse_block(
     found = []
     for far, x, jump, g in reversed(list(parts)):
         if plan.implicit:
-            arriving = far + transposed @ g
+            arriving = _added(far, transposed, g)
             w = torch.linalg.solve_triangular(system, arriving if w is None else arriving + w, upper=True)
             h = g + go * w
             w = stay * w
@@ -151,13 +151,18 @@ def reverse_block(
             h = g if w is None else g + w if a is None else g + a * w
             if w is not None and a is not None:
                 d_onward = d_onward + (w * (jump - x)).sum(-1)
-                w = w - a * w + far + transposed @ h
+                w = w - a * w + _added(far, transposed, h)
             else:
-                w = far + transposed @ h
+                w = _added(far, transposed, h)
         found.append(h)
     if onward is not None and not isinstance(d_onward, Tensor):
         d_onward = torch.zeros_like(onward)
     return torch.cat(found[::-1], -1), w, None if onward is None else d_onward
+
+
+def _added(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
+    """x + matrix · y, in one pass where torch has one."""
+    return torch.baddbmm(x, matrix, y) if x.dim() == 3 else x + matrix @ y
 
 
 def pushes(wide: Tensor, jumps: Tensor, d_onward: Tensor | None, count: int) -> list[Tensor] | None:
