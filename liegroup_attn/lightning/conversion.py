@@ -50,6 +50,7 @@ class LieConversion(CheckedLoading):
         TypeError: the mixin stands behind their module.
 
     Example:
+        >>> import torch
         >>> class Theirs(L.LightningModule):
         ...     def __init__(self, width):
         ...         super().__init__()
