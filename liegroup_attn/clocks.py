@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from liegroup_attn.errors import ConvergenceError, GeneratorError, pick
+from liegroup_attn.errors import ConvergenceError, GeneratorError
 
 __all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock", "clock_from"]
 
@@ -84,7 +84,9 @@ class FixedClock(Clock):
         def log_p(k: int) -> float:
             return -theta + k * log_theta - math.lgamma(k + 1)
 
-        return _smallest(log_p, lambda k: theta / (k + 1), math.ceil(theta), tol) or _raise(theta, _MOST_TERMS)
+        return _smallest(log_p, lambda k: theta / (k + 1), math.ceil(theta + 6 * math.sqrt(theta)), tol) or _raise(
+            theta, _MOST_TERMS
+        )
 
     def hop_weights(self, theta: Tensor, terms: int) -> Tensor:  # noqa: D102
         return _weights(theta, 0, terms)
@@ -181,7 +183,10 @@ def _raise(theta: float, most: int) -> int:
 
 def _weights(theta: Tensor, shape: int, terms: int) -> Tensor:
     """The law of the number of hops as in ``Clock.hop_weights``; shape s of an Erlang clock, 0 for the fixed one."""
-    found: Tensor = pick(_Weights, _WeightsForwardAD).apply(theta.to(torch.float64), shape, terms)
+    theta = theta.to(torch.float64)
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(theta).tangent is not None:
+        return _in_powers(theta, shape, terms)  # forward mode, of any order
+    found: Tensor = _Weights.apply(theta, shape, terms)
     return found
 
 
@@ -202,20 +207,11 @@ class _Weights(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         theta, ctx.shape, ctx.terms = inputs
         ctx.save_for_backward(theta)
-        ctx.save_for_forward(theta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (theta,) = ctx.saved_tensors
         return (_by_size(theta, ctx.shape, ctx.terms) * (grad[1:] - grad[:-1])).sum(0), None, None
-
-
-class _WeightsForwardAD(_Weights):
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (theta,) = ctx.saved_tensors
-        moved = _by_size(theta, ctx.shape, ctx.terms) * tangent  # (K, ...)
-        return F.pad(moved, [0, 0] * theta.dim() + [1, 0]) - F.pad(moved, [0, 0] * theta.dim() + [0, 1])
 
 
 def _by_size(theta: Tensor, shape: int, terms: int) -> Tensor:
@@ -239,6 +235,24 @@ def _lumped(theta: Tensor, shape: int, terms: int) -> Tensor:
     rest = (1 - weights.sum(0, keepdim=True)).clamp_min(0)
     lumped = torch.cat([weights, rest])
     return lumped / lumped.sum(0, keepdim=True)  # thousands of weights do not sum to 1 exactly
+
+
+def _in_powers(theta: Tensor, shape: int, terms: int) -> Tensor:
+    """``_lumped`` in powers of θ up to 1, which have two derivatives at 0, and in logarithms beyond."""
+    if terms == 0:
+        return torch.ones_like(theta).unsqueeze(0)
+    near, far = theta.clamp_max(1.0), theta.clamp_min(1.0)
+    k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
+    power = torch.cat([torch.ones_like(near).unsqueeze(0), near.unsqueeze(0), near ** k[2:]])[:terms]
+    if shape:
+        counted = ((k + shape - 1) / k).log().where(k > 0, 0).cumsum(0)
+        small = power * (counted - shape * torch.log1p(near / shape) - k * (shape + near).log()).exp()
+        large = (counted - shape * torch.log1p(far / shape) - k * torch.log1p(shape / far)).exp()
+    else:
+        small = power * (-near - torch.lgamma(k + 1)).exp()
+        large = (k * far.log() - far - torch.lgamma(k + 1)).exp()
+    weights = torch.where(theta < 1, small, large)
+    return torch.cat([weights, 1 - weights.sum(0, keepdim=True)])
 
 
 def clock_from(name: str) -> Clock:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Resettable"]
+
+_making = threading.local()
 
 
 class Resettable(nn.Module):
@@ -37,14 +40,28 @@ class Resettable(nn.Module):
         """Start values for parameters and buffers of this module, not of those inside it; random ones are drawn anew."""
         own = {**self._parameters, **self._buffers}
         there = [tensor for tensor in own.values() if tensor is not None]
-        if not there:
+        if not there or getattr(_making, "one", False):  # a constructor that ends with a reset has its values
             return
         args, options = self.__dict__["_made_of"]
         made_of = inspect.signature(type(self)).bind(*args, **options)
         if "device" in made_of.arguments:
             made_of.arguments["device"] = there[0].device
-        with torch.device(there[0].device):
-            fresh = type(self)(*made_of.args, **made_of.kwargs)
+        _making.one = True
+        try:
+            with torch.device(there[0].device):
+                fresh = type(self)(*made_of.args, **made_of.kwargs)
+        finally:
+            _making.one = False
         for name, start in {**fresh._parameters, **fresh._buffers}.items():
             if start is not None and (tensor := own.get(name)) is not None:
-                tensor.copy_(start)
+                tensor.copy_(_like(start, tensor))
+
+
+def _like(start: Tensor, tensor: Tensor) -> Tensor:
+    """Spread over processes as the other is."""
+    if not hasattr(tensor, "device_mesh"):
+        return start
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = tensor
+    return distribute_tensor(start.to(tensor.dtype), spread.device_mesh, spread.placements)

@@ -155,9 +155,8 @@ def working_dtype(value: Tensor, hops: int = 0) -> torch.dtype:
 
 
 def within(time: Tensor, dtype: torch.dtype) -> Tensor:
-    """A time that another dtype can hold, with room for products: beyond it nothing changes any more."""
-    own = time.dtype if time.is_floating_point() else dtype
-    return time.clamp_max(min(torch.finfo(own).max, torch.finfo(dtype).max) ** 0.8)
+    """Mean hops of a token (float64) in another dtype, with room for products: beyond it nothing changes any more."""
+    return time.clamp_max(torch.finfo(dtype).max ** 0.8).to(dtype)
 
 
 def per_row(time: Tensor) -> bool:
@@ -178,7 +177,10 @@ def mix_by(mixing: Tensor, generator: Generator, value: Tensor, first_hop: bool)
     """What a method with a mixing matrix (..., N, N) at hand makes of values, in their dtype; the generator jumps first."""
     with without_autocast(value):
         dtype = torch.promote_types(mixing.dtype, working_dtype(value))
-        mixed = (mixing.to(dtype) @ value.to(dtype)).to(value.dtype)
+        mixed = mixing.to(dtype) @ value.to(dtype)
+        if first_hop and generator.jumps_on_uniformized and not generator.dropout_p:  # S fits as the mixing matrix does
+            return (generator.uniformized()[0].to(dtype) @ mixed).to(value.dtype)
+    mixed = mixed.to(value.dtype)
     return generator.jump(mixed) if first_hop else mixed
 
 

@@ -124,6 +124,9 @@ class _CausalJumps(torch.autograd.Function):
             weight = (h * jumps[:, start:stop]).sum(-1, keepdim=True)  # Σ_j of S ∘ dS
             d_scores = torch.baddbmm(-weight, h, wide[:, :stop].mT)
             d_scores *= rows.chain  # softmax backward: S ∘ (dS − Σ S ∘ dS)
+            own = d_scores.diagonal(start, -2, -1)  # a difference of large numbers after a long time; rows sum to 0
+            own.zero_()
+            own.sub_(d_scores.sum(-1))
             d_query.append(d_scores @ key[:, :stop])
             for j, part in enumerate((d_scores.mT @ query[:, start:stop]).split(plan.block_size, -2)):
                 d_key[j] = d_key[j] + part

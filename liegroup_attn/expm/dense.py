@@ -84,7 +84,8 @@ def _put_back(mixing: Tensor, sums: Tensor | None) -> Tensor:
     """With the row sums that are known, of which rounding had taken or given a little."""
     sums = mixing.new_ones(mixing.size(-1), 1) if sums is None else sums
     found = mixing @ sums
-    return mixing * (sums / found).where((sums > 0) & (found > 0), 1).detach()
+    known = (sums > 0) & (found > 0)
+    return mixing * (sums / found.where(known, 1)).where(known, 1)
 
 
 def _semigroup(unit: Tensor, theta: Tensor) -> Tensor:

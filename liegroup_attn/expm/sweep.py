@@ -184,8 +184,8 @@ class CausalSweep(HopMethod):
         else:
             plan = Plan(clock.resolvents, True, self.block_size)
             batch = torch.broadcast_shapes(batch, time.shape[:-1])
-            onward = within(time, dtype).to(value.device, dtype) / clock.resolvents
-            onward = onward if jump_rates is None else onward * jump_rates.to(dtype)
+            onward = time.to(value.device, torch.float64) / clock.resolvents
+            onward = within(onward if jump_rates is None else onward * jump_rates.to(torch.float64), dtype)
             onward = onward if onward.dim() else onward.unsqueeze(0)
         if onward is not None:
             onward = flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], value.size(-2)), 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
-from liegroup_attn.expm.base import Method, per_row, within, working_dtype
+from liegroup_attn.expm.base import Method, mean_hops, per_row, within, working_dtype
 from liegroup_attn.expm.jumps import Plan, Rows, columns, run_block
 from liegroup_attn.generators import Generator
 
@@ -52,8 +52,8 @@ class TriangularSolve(Method):
         chain, onward = generator.uniformized()
         with without_autocast(value):
             dtype = torch.promote_types(chain.dtype, working_dtype(value))
-            theta = within(time * generator.rate_bound(), dtype).to(value.device, dtype) / clock.resolvents
-            onward = theta if onward is None else theta * onward.to(dtype)
+            theta = mean_hops(time, generator).to(value.device) / clock.resolvents
+            onward = within(theta if onward is None else theta * onward.to(torch.float64), dtype)
             batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2], onward.shape[:-1])
             chain, wide = chain.to(dtype).expand(*batch, -1, -1), value.to(dtype).expand(*batch, -1, -1)
             onward = onward.expand(*batch, generator.num_states)

@@ -74,7 +74,8 @@ class Generator(ABC):
         unit = self.unit()
         eye = torch.eye(self.num_states, dtype=unit.dtype, device=unit.device)
         # The diagonal of Q may be off by a rounding unit of its own size, which many hops would make more of.
-        return eye + unit - torch.diag_embed(unit.sum(-1).detach()), None
+        chain = eye + unit - torch.diag_embed(unit.sum(-1).detach())
+        return chain - chain.clamp_max(0).detach(), None  # Λ may be a rounding unit less than the rates add up to
 
     def hop(self, value: Tensor) -> Tensor:
         """P · value, P = I + Q/Λ.

@@ -83,7 +83,7 @@ class DenseGenerator(Generator):
                 f"rates: expected square matrices (..., N, N) with N ≥ 1, got {tuple(rates.shape)}; rates lead between "
                 "the same tokens"
             )
-        check_finite("rates", rates)
+        check_finite("rates, or their sum", at_least_float32(rates).sum(-1))
         if values_visible(rates) and float(rates.detach().min()) < 0:
             raise GeneratorError(
                 f"rates: expected nonnegative numbers, got {float(rates.detach().min()):g}; use a rate function such as softplus"
@@ -164,7 +164,7 @@ class DenseGenerator(Generator):
         return total if self._rho is None else self._rho.to(total.dtype) * total
 
     def dense(self) -> Tensor:  # noqa: D102
-        return self._matrix
+        return self._matrix.clone()
 
     def rate_bound(self) -> Tensor:  # noqa: D102
         exit_rates = -self._matrix.detach().diagonal(dim1=-2, dim2=-1)

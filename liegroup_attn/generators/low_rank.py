@@ -61,7 +61,8 @@ class LowRankGenerator(Generator):
         self.is_causal = is_causal
         self.jump_rate = _check_rate(jump_rate, torch.Size([*self.batch_shape, self.num_states]))
         with without_autocast(left):
-            left, right = at_least_float32(left), at_least_float32(right)
+            left = _scaled_down(at_least_float32(left), (-1,))
+            right = _scaled_down(at_least_float32(right), (-2, -1))
             ones = torch.ones_like(right[..., :1])
             total = causal_product(left, right, ones) if is_causal else left @ (right.mT @ ones)  # (..., N, 1)
         # S = sources · targetsᵀ, but rows that are ``still`` have no source and jump to themselves.
@@ -124,6 +125,12 @@ class LowRankGenerator(Generator):
 
     def _scaled(self, moved: Tensor, rate: Tensor | float) -> Tensor:
         return rate * moved if isinstance(rate, float) else rate.unsqueeze(-1).to(moved.dtype) * moved
+
+
+def _scaled_down(features: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Largest entry near 1, by a power of two, which costs no digit: sums of products then stay in range."""
+    most = features.detach().amax(dims, keepdim=True)
+    return features * torch.exp2(-most.where(most > 0, 1).log2().floor())
 
 
 def causal_product(left: Tensor, right: Tensor, value: Tensor) -> Tensor:

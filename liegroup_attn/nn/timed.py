@@ -23,7 +23,13 @@ class Constant:
         self.key = f"_{name}"
 
     def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else float(module.__dict__[self.key])
+        if module is None:
+            return self
+        if (
+            text := module.__dict__.get(self.key, module.__dict__.get(self.key[1:]))
+        ) is None:  # pickled before it was text
+            raise AttributeError(self.key[1:])
+        return float(text)
 
     def __set__(self, module: Any, value: float) -> None:
         module.__dict__[self.key] = repr(float(value))
@@ -41,11 +47,12 @@ class Timed(Resettable):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.time_scale != 1:
-            destination[f"{prefix}time_scale"] = torch.tensor(self.time_scale, dtype=torch.float64)
+            destination[f"{prefix}time_scale"] = torch.tensor(self.time_scale, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         factor = state_dict.pop(f"{prefix}time_scale", None)
-        if factor is not None or any(key.startswith(prefix) for key in state_dict):
+        whole = {prefix + key for key in self.state_dict() if key != "time_scale"} <= state_dict.keys()
+        if factor is not None or whole:  # a part, such as an adapter, says nothing of the time
             self.time_scale = 1.0 if factor is None else float(factor)
         for name, own in self._parameters.items() | self._buffers.items():
             stored = state_dict.get(f"{prefix}{name}")

@@ -97,6 +97,8 @@ def _with_flows(post_init: Any) -> Any:
             _attach_all(self, groups["flows"])
             if not getattr(_state, "loading", False):
                 _scale(self)
+            elif any("time_scale" not in spec for spec in groups["flows"]):
+                _reshape_times(self, -1, 1)
         parts = [part for part in _naming(self) if any(True for _ in flowing(part))]
         if parts:
             made_with_own_configs(self)
@@ -130,6 +132,17 @@ def _flows_of(model: PreTrainedModel, spec: dict[str, Any]) -> Iterator[tuple[st
     for path in spec["layers"]:
         if (here := next((way for way in ways(model, path) if way in flows), None)) is not None:
             yield path, flows[here]
+
+
+def _reshape_times(model: PreTrainedModel, *shape: int) -> None:
+    """Times as rows, or as the columns that they are in checkpoints of before."""
+    for _, module in flowing(model):
+        flow: Any = module.lie
+        time = flow.time.detach().reshape(shape)
+        if isinstance(flow.time, nn.Parameter):
+            flow.time = nn.Parameter(time, flow.time.requires_grad)
+        else:
+            flow.time = time
 
 
 def _scale(model: PreTrainedModel) -> None:
@@ -174,6 +187,7 @@ def _with_check(from_pretrained: Any) -> Any:
             _state.loading = False
         groups = getattr(model.config, "lie_attention", None)
         if groups:
+            _reshape_times(model, -1)
             _scale(model)
             _start_missing(model, info["missing_keys"])
             wanted = sum(len(spec["layers"]) for spec in groups["flows"])
