@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.errors import ConvergenceError, GeneratorError, pick
 
 __all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock", "clock_from"]
 
@@ -185,8 +186,8 @@ def _weights(theta: Tensor, shape: int, terms: int) -> Tensor:
     """The law of the number of hops as in ``Clock.hop_weights``; shape s of an Erlang clock, 0 for the fixed one."""
     theta = theta.to(torch.float64)
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(theta).tangent is not None:
-        return _in_powers(theta, shape, terms)  # forward mode, of any order
-    found: Tensor = _Weights.apply(theta, shape, terms)
+        return _in_powers(theta, shape, terms)  # forward mode in forward mode, too, of which a Function knows nothing
+    found: Tensor = pick(_Weights, _WeightsForwardAD).apply(theta, shape, terms)
     return found
 
 
@@ -207,11 +208,20 @@ class _Weights(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         theta, ctx.shape, ctx.terms = inputs
         ctx.save_for_backward(theta)
+        ctx.save_for_forward(theta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (theta,) = ctx.saved_tensors
         return (_by_size(theta, ctx.shape, ctx.terms) * (grad[1:] - grad[:-1])).sum(0), None, None
+
+
+class _WeightsForwardAD(_Weights):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (theta,) = ctx.saved_tensors
+        moved = _by_size(theta, ctx.shape, ctx.terms) * tangent  # (K, ...)
+        return F.pad(moved, [0, 0] * theta.dim() + [1, 0]) - F.pad(moved, [0, 0] * theta.dim() + [0, 1])
 
 
 def _by_size(theta: Tensor, shape: int, terms: int) -> Tensor:
@@ -238,12 +248,15 @@ def _lumped(theta: Tensor, shape: int, terms: int) -> Tensor:
 
 
 def _in_powers(theta: Tensor, shape: int, terms: int) -> Tensor:
-    """``_lumped`` in powers of θ up to 1, which have two derivatives at 0, and in logarithms beyond."""
+    """``_lumped`` in products of θ up to 1, which have all derivatives at 0, and in logarithms beyond."""
     if terms == 0:
         return torch.ones_like(theta).unsqueeze(0)
     near, far = theta.clamp_max(1.0), theta.clamp_min(1.0)
     k = torch.arange(terms, dtype=torch.float64, device=theta.device).view(-1, *[1] * theta.dim())
-    power = torch.cat([torch.ones_like(near).unsqueeze(0), near.unsqueeze(0), near ** k[2:]])[:terms]
+    powers = [torch.ones_like(near)]
+    while len(powers) < min(terms, 170):  # of a mean of 1, more hops are less likely than any number shows
+        powers.append(powers[-1] * near)
+    power = F.pad(torch.stack(powers), [0, 0] * near.dim() + [0, terms - len(powers)])
     if shape:
         counted = ((k + shape - 1) / k).log().where(k > 0, 0).cumsum(0)
         small = power * (counted - shape * torch.log1p(near / shape) - k * (shape + near).log()).exp()

@@ -44,8 +44,9 @@ class Resettable(nn.Module):
             return
         args, options = self.__dict__["_made_of"]
         made_of = inspect.signature(type(self)).bind(*args, **options)
-        if "device" in made_of.arguments:
-            made_of.arguments["device"] = there[0].device
+        for given in (made_of.arguments, *(x for x in made_of.arguments.values() if isinstance(x, dict))):
+            if "device" in given:
+                given["device"] = there[0].device
         _making.one = True
         try:
             with torch.device(there[0].device):

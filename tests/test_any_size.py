@@ -110,8 +110,10 @@ def test_mixing_is_right_or_refused_at_any_size(kind, clock, method, precision):
         where = f"rates × {size:g}, time {span:g}"
         right = _mixing(a, b, span, phi)
         torch.testing.assert_close(found.double(), right, atol=atol, rtol=0, msg=lambda m: f"{where}: {m}")  # noqa: B023
-        # Thousands of hops walk away from 1 in float64 alone, where that is nothing.
-        allowed = max(8 * max(1.0, math.log2(max(size * span, 1.0))) * torch.finfo(dtype).eps, 1e-12)
+        # Thousands of hops walk away from 1: by nothing in float64, and over fused kernels, which stay in float32.
+        allowed = max(
+            4e-5 * (method == "hops"), 8 * max(1.0, math.log2(max(size * span, 1.0))) * torch.finfo(dtype).eps, 1e-12
+        )
         assert (found.double().sum(-1) - 1).abs().max() <= allowed, where
         for gradient in torch.autograd.grad(found[0, 0], (time, value), allow_unused=True):
             assert gradient is None or gradient.isfinite().all(), where

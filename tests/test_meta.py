@@ -81,6 +81,15 @@ def test_random_starts_are_those_of_the_constructor(name):
     assert all(torch.equal(x, y) for x, y in zip(module.parameters(), before, strict=True))
 
 
+def test_a_constructor_may_end_with_a_reset():
+    class Mine(LieAttention):
+        def __init__(self, width):
+            super().__init__(width, 2, time=0.3)
+            self.reset_parameters()
+
+    assert torch.equal(Mine(8).time, torch.full((2,), 0.3))
+
+
 @pytest.mark.parametrize(
     "make",
     [MODULES[name] for name in ("lie", "positions as rates", "lie, all learned", "softmax", "mixer", "transformer")],

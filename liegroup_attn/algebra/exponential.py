@@ -19,7 +19,9 @@ def expm(X: Tensor) -> Tensor:
     Never in half precision nor under autocast (garbage), never of a batch of one (torch's other coefficients are
     less exact), and of the transpose where that has the smaller norm: a sink column then costs no digits. A matrix whose
     powers are far smaller than its norm tells (strongly non-normal) is scaled by those powers instead, where values are
-    visible; torch scales it by its norm, and no digit would be left. Differentiable any number of times.
+    visible; torch scales it by its norm, and no digit would be left. Where ‖X‖ · eps nears 1 (a norm of 1e5 in float32) no
+    exponential of a general matrix has digits: for tQ of any size call ``transition_matrix``, which knows its row sums.
+    Differentiable any number of times.
 
     Args:
         X: (..., N, N), any real matrices; for the transition matrix P(t) pass tQ.

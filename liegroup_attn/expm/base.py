@@ -91,7 +91,7 @@ class HopMethod(Method):
         tol = default_tol(dtype) if self.tol is None else self.tol
         terms = clock.terms(longest(theta), tol)
         if terms or differentiated(theta):  # a value near θ = 0 needs no second hop, a second derivative there does
-            terms = max(terms, 2)
+            terms = max(terms, 2 if self.max_terms is None else min(2, self.max_terms))
         if self.max_terms is not None and terms > self.max_terms:
             raise ConvergenceError(
                 f"max_terms: expected at least {terms} hops for tol={tol:g}, got {self.max_terms}; raise it, or leave tol=None"
@@ -141,17 +141,22 @@ def _largest(theta: Tensor) -> float | None:
     return found
 
 
+def hops_for(clock: Clock, longest: float, tol: float) -> int:
+    """K for the longest time that there can be, before any is looked at: two at least, for second derivatives at time 0."""
+    return max(2, clock.terms(longest, tol))
+
+
 def default_tol(dtype: torch.dtype) -> float:
     """The rounding unit, 1e-3 for half precision."""
     return min(torch.finfo(dtype).eps, 1e-3)
 
 
-_MANY = 64  # hops, each of which leaves rows of 1 a rounding unit off
+MANY = 64  # hops, each of which leaves rows of 1 a rounding unit off
 
 
 def working_dtype(value: Tensor, hops: int = 0) -> torch.dtype:
     """At least float32, since half precision would round every hop; float64 where there are many."""
-    return torch.float64 if value.dtype == torch.float64 or hops > _MANY else torch.float32
+    return torch.float64 if value.dtype == torch.float64 or hops > MANY else torch.float32
 
 
 def within(time: Tensor, dtype: torch.dtype) -> Tensor:

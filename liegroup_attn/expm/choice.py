@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.expm.base import Method, default_tol, longest, mean_hops, per_row
+from liegroup_attn.expm.base import Method, default_tol, hops_for, longest, mean_hops, per_row
 from liegroup_attn.expm.dense import MatrixExp
 from liegroup_attn.expm.low_rank import LowRank
 from liegroup_attn.expm.polynomial import products
@@ -112,9 +112,7 @@ class Automatic(Method):
         """The knobs of hops: K, if the longest time fixes it, else the tolerance."""
         if self.longest is None:
             return {"tol": self.tol}
-        return {
-            "max_terms": max(1, clock.terms(self.longest, default_tol(value.dtype) if self.tol is None else self.tol))
-        }
+        return {"max_terms": hops_for(clock, self.longest, default_tol(value.dtype) if self.tol is None else self.tol)}
 
 
 def _squaring_cost(theta: float, tol: float) -> int:

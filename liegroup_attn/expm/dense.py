@@ -22,6 +22,8 @@ _LARGE = 256.0  # mean hops, up to which the exponential is left to ``torch.matr
 class MatrixExp(Method):
     """Dense mixing: ``torch.matrix_exp`` for a fixed clock, ``torch.linalg.solve`` for resolvents.
 
+    Beyond 256 mean hops the time is halved and the exponential squared as often; resolvents of a time at which I − tQ has
+    lost its 1 are summed by doubling. Under vmap and torch.compile, where a time cannot be looked at, it should stay under 1e4.
     Costs N³ and N² memory (one time per query row: N times that), in float32 or float64 whatever the input. Both
     work on the transpose: there a sink column costs ``matrix_exp`` no accuracy, and the solve never needs to
     pivot (the transpose is column diagonally dominant), so causal stays exactly triangular.

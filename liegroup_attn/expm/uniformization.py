@@ -8,6 +8,7 @@ from torch import Tensor
 from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import fits, without_autocast
 from liegroup_attn.expm.base import (
+    MANY,
     HopMethod,
     flatten_batch,
     hop_matrix,
@@ -64,13 +65,17 @@ class Uniformization(HopMethod):
         theta = mean_hops(time, generator)
         hops = self.count_hops(theta, value.dtype, clock)
         weights = clock.hop_weights(theta, hops)  # (K + 1, ...)
-        wide = value.to(working_dtype(value, hops))
         if self.formed and not generator.dropout_p:
+            wide = value.to(working_dtype(value, hops))
             return _hop_on_formed(generator, wide, weights, first_hop).to(value.dtype)
-        terms = [wide]
+        # The fused kernels stay with their dtype: beside the values goes a 1, which tells what many hops made of rows of 1.
+        many = hops > MANY and not generator.dropout_p
+        wide = value.to(working_dtype(value))
+        terms = [torch.cat([wide, torch.ones_like(wide[..., :1])], -1) if many else wide]
         for _ in range(hops):
             terms.append(generator.hop(terms[-1]))
         mixed = mixture(weights, terms)
+        mixed = mixed[..., :-1] / mixed[..., -1:].detach() if many else mixed
         return (generator.jump(mixed) if first_hop else mixed).to(value.dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liegroup_attn.clocks import Clock, FixedClock, clock_from
 from liegroup_attn.errors import GeneratorError, differentiated, pick, values_visible
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
+from liegroup_attn.expm.base import hops_for
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.nn.timed import Constant, Timed
@@ -278,7 +279,7 @@ class LieFlow(Timed):
 
     def _terms(self) -> int:
         """K by the longest time and ``tol``, once and for all: no wait for a GPU, and caches stay valid."""
-        return max(1, self.clock.terms(self.max_time * self.time_scale, self.tol))
+        return hops_for(self.clock, self.max_time * self.time_scale, self.tol)
 
     def _method(self, attn_mask: Tensor | None) -> Method:
         if self.clock.resolvents is not None and attn_mask is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
+from liegroup_attn.expm.base import hops_for
 from liegroup_attn.functional import expm_multiply, lie_attention
 from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
 from liegroup_attn.generators.joined import joined_generator, masked_as
@@ -346,7 +347,7 @@ class LieAttention(Timed, SelfAttention):
         if clock.resolvents is not None:
             return CausalSweep()
         if self.method is None:
-            return CausalSweep(max_terms=max(1, clock.terms(self.max_time * self.time_scale, self.tol)))
+            return CausalSweep(max_terms=hops_for(clock, self.max_time * self.time_scale, self.tol))
         if isinstance(self.method, HopMethod):
             return CausalSweep(self.method.tol, self.method.max_terms)
         return CausalSweep()  # to the rounding unit

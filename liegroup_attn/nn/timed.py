@@ -54,8 +54,8 @@ class Timed(Resettable):
         whole = {prefix + key for key in self.state_dict() if key != "time_scale"} <= state_dict.keys()
         if factor is not None or whole:  # a part, such as an adapter, says nothing of the time
             self.time_scale = 1.0 if factor is None else float(factor)
-        for name, own in self._parameters.items() | self._buffers.items():
+        for name in ("time", "position_rate"):
             stored = state_dict.get(f"{prefix}{name}")
-            if isinstance(stored, Tensor) and own is not None and stored.shape == (*own.shape, 1):
-                state_dict[f"{prefix}{name}"] = stored.squeeze(-1)  # times were columns once
+            if isinstance(stored, Tensor) and stored.dim() == 2:
+                state_dict[f"{prefix}{name}"] = stored.squeeze(-1)  # they were columns once
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -83,6 +83,26 @@ def test_scaled_time_is_compiled_anew_and_saved(make):
     torch.testing.assert_close(_output(again), plain)
 
 
+def test_a_part_of_a_state_says_nothing_of_the_factor():
+    layer = LieAttention(C, H)
+    scale_time(layer, 3.0)
+    layer.load_state_dict({"q_proj.weight": layer.q_proj.weight}, strict=False)
+    assert layer.time_scale == 3.0
+
+
+@pytest.mark.parametrize("max_time", [1.0, 0.03, 0.001])
+def test_second_derivatives_by_a_time_of_0_do_not_ask_for_how_long_it_may_be(max_time):
+    q, k, v = (
+        torch.randn(1, H, N, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(3)
+    )
+    second = []
+    for longest in (max_time, 2.0):
+        flow = LieFlow(H, 4, max_time=longest, first_hop=False).double()
+        (first,) = torch.autograd.grad(flow(q, k, v)[0].square().sum(), flow.time, create_graph=True)
+        second.append(torch.autograd.grad(first.sum(), flow.time)[0])
+    torch.testing.assert_close(*second)
+
+
 def test_times_that_were_saved_as_columns_are_loaded():
     for old in (LieAttention(C, H), LieFlow(H, C // H, time=0.5)):
         state = {key: x.unsqueeze(-1) if key == "time" else x for key, x in old.state_dict().items()}

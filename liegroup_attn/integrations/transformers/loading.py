@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator
@@ -118,9 +119,11 @@ def _with_factors(save_pretrained: Any) -> Any:
             for spec in part.config.lie_attention["flows"]:
                 factors = {path: flow.time_scale for path, flow in _flows_of(part, spec)}
                 spec["time_scale"] = {path: factor for path, factor in factors.items() if factor != 1}
-        if any(True for _ in flowing(self)):
-            state = kwargs.get("state_dict") or self.state_dict()
-            kwargs["state_dict"] = {key: x for key, x in state.items() if not key.endswith("lie.time_scale")}
+        if any(module.lie.time_scale != 1 for _, module in flowing(self)):  # type: ignore[union-attr]
+            given = inspect.signature(save_pretrained).bind(self, *args, **kwargs)
+            state = given.arguments.get("state_dict") or self.state_dict()
+            given.arguments["state_dict"] = {key: x for key, x in state.items() if not key.endswith("lie.time_scale")}
+            args, kwargs = given.args[1:], given.kwargs
         return save_pretrained(self, *args, **kwargs)
 
     return wrapped
