@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from experiments.draw import draw
 from experiments.markdown import show
-from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, read_json, variants_of
+from experiments.results import BUDGETS, EXPERIMENTS, MAIN, Run, read_json, seeds_of, variants_of
 
 _RUN = "experiments.run"
 
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         default="quick",
         help="quick: five to ten minutes on two CPU cores; full: about an hour",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 for quick, 0 1 2 for full")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=None, help="default: 0 for quick; three for full, five of root finding"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -79,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or Path("runs") / "-".join([args.budget, *(value for _, value in settings)])
     runs = [
         Run(experiment, variant, args.budget, seed, settings)
-        for seed in args.seeds or BUDGETS[args.budget]
         for experiment in args.experiments
+        for seed in args.seeds or seeds_of(experiment, args.budget)
         for variant in variants_of(experiment)
         if args.variants is None or variant in args.variants
     ]

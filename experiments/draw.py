@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def draw(output: Path, experiments: Sequence[str] = DRAWN) -> list[Path]:
 def _figures(experiment: str, results: Results) -> dict[str, Figure]:
     if experiment == "reachability":
         found = {"curves": _curves(results, "validation/accuracy", "validation accuracy (%)", 100)}
-        return found | {"accuracy_by_depth": _by_depth(results), "mixing": _mixing(results, _forest_order)}
+        found |= {"accuracy_by_depth": _by_depth(results), "cost": _by_cost(results)}
+        return found | {"mixing": _mixing(results, _forest_order)}
     if experiment == "digits":
         few = ("softmax", "exp", "relative_rates", "mixer", "mixer_fixed")
         shown: Results = {name: runs for name, runs in results.items() if name in few}
@@ -117,6 +119,36 @@ def _by_depth(results: Results) -> Figure:
     for ax in axes:
         if ax.get_legend() is not None:
             ax.get_legend().remove()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def _by_cost(results: Results) -> Figure:
+    """Accuracy against parameters, operations of the whole training and CPU seconds: filled as deep as trained, open deeper."""
+    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    costs: dict[str, Callable[[dict[str, Any]], float]] = {
+        "parameters": lambda run: run["parameters"],
+        "TFLOP of the training": lambda run: run["flops_per_step"] * run["steps"] / 1e12,
+        "CPU seconds of the training": lambda run: run["cpu_seconds"],
+    }
+    for ax, (label, cost) in zip(axes, costs.items(), strict=True):
+        for variant, runs in results.items():
+            name = TITLES.get(variant, variant)
+            x = statistics.fmean(map(cost, runs))
+            for test, filled in (("test", True), ("deeper", False)):
+                ys = [100 * run["test"]["time x1"][f"{test}/accuracy"] for run in runs]
+                spread = statistics.stdev(ys) if len(ys) > 1 else 0.0
+                face = COLORS[name] if filled else "none"
+                shown = ax.errorbar(x, statistics.fmean(ys), spread, fmt="o", color=COLORS[name], markerfacecolor=face)
+                if filled:
+                    shown.set_label(name)
+        ax.set_xscale("log")
+        ax.set_xlabel(label, fontsize=9)
+        ax.grid(True, color="#DDDDDD", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy (%): ● as trained, ○ deeper", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     return figure
 

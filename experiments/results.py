@@ -23,6 +23,7 @@ __all__ = [
     "load_results",
     "read_json",
     "read_runs",
+    "seeds_of",
     "variants_of",
     "write_figure",
     "write_json",
@@ -32,7 +33,7 @@ __all__ = [
 ROOT = Path(__file__).parent
 MAIN = ("reachability", "language")  # what compare trains unless told
 EXPERIMENTS = (*MAIN, "digits")
-BUDGETS = {"quick": (0,), "full": (0, 1, 2)}  # seeds by default
+BUDGETS = ("quick", "full")
 
 _PARTS = ("seed", "config_hash", "config", "budget", "data", "test", "curve")  # of a result, that tables need
 _STEPS = ("max_steps", "val_check_interval")
@@ -60,6 +61,11 @@ TITLES = {
     "mixer_balanced": "exp(L), L doubly balanced",
     "mixer_relative": "exp(R), R = r(i − j)",
 }
+
+
+def seeds_of(experiment: str, budget: str) -> range:
+    """The seeds that a budget trains by default; five of what the first page shows."""
+    return range(1 if budget == "quick" else 5 if experiment == "reachability" else 3)
 
 
 def variants_of(experiment: str) -> list[str]:

@@ -16,7 +16,8 @@ import torch
 from experiments import draw, tables
 from experiments.compare import main as compare
 from experiments.flops import flops_per_step
-from experiments.results import EXPERIMENTS, ROOT, TITLES, Run, load_results, variants_of, write_json
+from experiments.results import EXPERIMENTS, ROOT, TITLES, Run, load_results, seeds_of, variants_of, write_json
+from experiments.tune import choose
 from liegroup_attn.lightning import LanguageModel, TokenClassifier
 
 RUNS = [Run(e, v, b, 0) for e in EXPERIMENTS for v in variants_of(e) for b in ("quick", "full")]
@@ -26,12 +27,38 @@ RUNS = [Run(e, v, b, 0) for e in EXPERIMENTS for v in variants_of(e) for b in ("
 def test_every_variant_differs_from_the_baseline_in_its_architecture_only(run):
     base = Run(run.experiment, "softmax", run.budget, 0).config()
     config = run.config()
-    tuned = ("learning_rate", "manifold_learning_rate") if run.experiment == "digits" else ()
+    tuned = {"digits": ("learning_rate", "manifold_learning_rate"), "reachability": ("learning_rate",)}.get(
+        run.experiment, ()
+    )
+    for part in (base, config):  # how long each was trained is tuned, too
+        for key in ("max_steps", "val_check_interval") if run.experiment == "reachability" else ():
+            part["trainer"].pop(key)
     for key in ("attention", "depth", "streams", *tuned):
         base["model"]["init_args"].pop(key, None)
         config["model"]["init_args"].pop(key, None)
     assert config == base
     assert run.variant in TITLES
+
+
+@pytest.mark.parametrize("variant", variants_of("reachability"))
+def test_each_variant_is_trained_as_validation_chose(variant):
+    """The rule of ``experiments.tune`` on its committed runs, none of which has a seed that is tested."""
+    tuning = json.loads((ROOT / "reachability" / "tuning.json").read_text())
+    runs = [run for run in tuning["runs"] if run["variant"] == variant]
+    assert not {run["seed"] for run in runs} & set(seeds_of("reachability", "full"))
+    chosen, config = choose(runs), Run("reachability", variant, "full", 0).config()
+    assert config["model"]["init_args"]["learning_rate"] == chosen["learning_rate"]
+    assert config["trainer"]["max_steps"] == chosen["steps"]
+
+
+def test_the_choice_is_the_shortest_as_good_as_the_best():
+    def run(steps, rate, accuracy, loss=1.0):
+        return {"steps": steps, "learning_rate": rate, "accuracy": accuracy, "loss": loss}
+
+    runs = [run(100, 0.1, 0.5), run(200, 0.1, 0.9), run(200, 0.01, 0.8), run(400, 0.1, 0.901), run(400, 0.01, 0.7)]
+    assert choose(runs) == runs[1]
+    assert choose([*runs, run(800, 0.01, 0.91)])["steps"] == 800
+    assert choose([run(100, 0.1, 1.0, 0.2), run(100, 0.2, 1.0, 0.1)])["learning_rate"] == 0.2
 
 
 def test_hash_names_the_configuration_and_not_the_seed():
@@ -54,7 +81,11 @@ def _result(variant, seed, accuracy=0.5, config_hash="h"):
         "config_hash": config_hash,
         "budget": "quick",
         "data": None,
-        "config": {"model": {"init_args": {"depth": 1}}, "trainer": {"max_steps": 3}, "data": {}},
+        "config": {
+            "model": {"init_args": {"depth": 1, "learning_rate": 0.01}},
+            "trainer": {"max_steps": 3},
+            "data": {},
+        },
         "date": "2026-01-01",
         "steps": 3,
         "parameters": 1000,
@@ -82,8 +113,8 @@ def test_table_gives_mean_and_sample_standard_deviation(tmp_path):
     _write(tmp_path, _result("exp", 0, 0.9), _result("exp", 1, 0.8), _result("softmax", 0, 0.5))
     table = tables.render_table("reachability", load_results(tmp_path, "reachability"))
     softmax, lie = [line.split("|")[1:-1] for line in table.splitlines()[2:4]]
-    assert [cell.strip() for cell in lie[:5]] == ["exp(tQ)", "1", "1,000", "85.0 ± 7.1", "85.0 ± 7.1"]
-    assert [cell.strip() for cell in softmax[:4]] == ["softmax", "1", "1,000", "50.0"]
+    assert [cell.strip() for cell in lie[:7]] == ["exp(tQ)", "1", "1,000", "0.01", "3", "85.0 ± 7.1", "85.0 ± 7.1"]
+    assert [cell.strip() for cell in softmax[:6]] == ["softmax", "1", "1,000", "0.01", "3", "50.0"]
     assert "seeds 0, 1" in table
     assert "a machine" in table
     assert "2026-01-01" in table
@@ -93,7 +124,13 @@ def test_figures_and_tables_come_from_json_alone(tmp_path, monkeypatch):
     _write(tmp_path, *(_result(v, s, 0.4 + 0.1 * s) for v in ("softmax", "exp") for s in (0, 1)))
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *a, **k: pytest.fail("drawing ran a model"))
     written = draw.draw(tmp_path)
-    assert {path.name for path in written} == {"table.md", "curves.png", "accuracy_by_depth.png", "mixing.png"}
+    assert {path.name for path in written} == {
+        "table.md",
+        "curves.png",
+        "accuracy_by_depth.png",
+        "cost.png",
+        "mixing.png",
+    }
     assert all(path.stat().st_size > 0 for path in written)
 
 
@@ -158,7 +195,7 @@ def test_committed_results_are_of_the_committed_configurations(experiment):
     results = load_results(ROOT, experiment)
     assert list(results) == variants_of(experiment)
     for variant, runs in results.items():
-        assert [run["seed"] for run in runs] == [0, 1, 2]
+        assert [run["seed"] for run in runs] == [*seeds_of(experiment, "full")]
         for run in runs:
             assert run["config_hash"] == Run(experiment, variant, "full", run["seed"]).config_hash()
 
@@ -239,6 +276,7 @@ def test_the_command_survives_a_stop_and_resumes(tmp_path, stop):
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "curves.png",
         "accuracy_by_depth.png",
+        "cost.png",
         "mixing.png",
     }
     assert "| exp(tQ) |" in (folder / "table.md").read_text()
