@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.benchmarks import report as benchmarks
 from experiments.drop_in import report as drop_in
@@ -144,6 +145,9 @@ def _by_cost(results: Results) -> Figure:
                 if filled:
                     shown.set_label(name)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 1e4 else f"{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label, fontsize=9)
         ax.grid(True, color="#DDDDDD", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
