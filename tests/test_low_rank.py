@@ -187,6 +187,15 @@ def test_a_row_without_a_normalizer_keeps_its_value(method, is_causal):
     assert (generator.dense()[0, 5] == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e-40, 1e-20, 1e19, 1e37])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_features_of_any_size_cancel(size, is_causal):
+    """Of float32: neither sums of products nor the power of two that keeps them in range overflow."""
+    left, right = torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [3.0]])
+    found = la.LowRankGenerator(left * size, right * size, is_causal=is_causal).dense()
+    torch.testing.assert_close(found, la.LowRankGenerator(left, right, is_causal=is_causal).dense(), atol=1e-3, rtol=0)
+
+
 def test_no_rate_no_flow():
     value = torch.randn(2, 7, 2)
     for rate in (0.0, torch.zeros(2, 1)):

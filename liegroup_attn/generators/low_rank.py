@@ -130,7 +130,7 @@ class LowRankGenerator(Generator):
 def _scaled_down(features: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Largest entry near 1, by a power of two, which costs no digit: sums of products then stay in range."""
     most = features.detach().amax(dims, keepdim=True)
-    return features * torch.exp2(-most.where(most > 0, 1).log2().floor())
+    return features * torch.exp2(-most.where(most > 0, 1).log2().floor().clamp_min(-120))  # 2¹²⁸ is none in float32
 
 
 def causal_product(left: Tensor, right: Tensor, value: Tensor) -> Tensor:
