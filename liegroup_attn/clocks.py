@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from liegroup_attn.errors import ConvergenceError, GeneratorError, pick
+from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.tensors import pick
 
 __all__ = ["Clock", "ErlangClock", "ExponentialClock", "FixedClock", "clock_from"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, without_autocast
-from liegroup_attn.generators.base import at_least_float32
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.tensors import at_least_float32, without_autocast
 
 __all__ = ["RandomFeatures", "elu_plus_one"]
 

@@ -9,23 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liegroup_attn.checks import check_dropout, check_qkv, check_scale, check_scores, check_shape, check_time
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import (
-    GeneratorError,
-    ShapeError,
-    check_dropout,
-    check_qkv,
-    check_scale,
-    check_scores,
-    check_shape,
-    check_time,
-    differentiated,
-    values_visible,
-)
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
 from liegroup_attn.generators import Generator, SoftmaxGenerator
 from liegroup_attn.generators.joined import joined_generator
-from liegroup_attn.rates import biased_mask, check_bias, prepare_mask
+from liegroup_attn.masks import biased_mask, check_bias, prepare_mask
+from liegroup_attn.tensors import differentiated, values_visible
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
 

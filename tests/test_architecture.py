@@ -19,6 +19,7 @@ FLOORS = (
     ("liegroup_attn.functional",),
     ("liegroup_attn.expm", "liegroup_attn.positional", "liegroup_attn.plots"),
     (
+        "liegroup_attn.masks",
         "liegroup_attn.rates",
         "liegroup_attn.clocks",
         "liegroup_attn.generators",
@@ -27,7 +28,7 @@ FLOORS = (
         "liegroup_attn.metrics",
         "liegroup_attn.algebra",
     ),
-    ("liegroup_attn.errors", "liegroup_attn.resettable"),
+    ("liegroup_attn.checks", "liegroup_attn.errors", "liegroup_attn.resettable", "liegroup_attn.tensors"),
 )
 
 DOORS = {

@@ -8,7 +8,8 @@ import torch
 
 import liegroup_attn as la
 from liegroup_attn.algebra import is_rate_matrix
-from liegroup_attn.errors import ConvergenceError, DtypeError, GeneratorError, MaskError, ShapeError, check_shape
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import ConvergenceError, DtypeError, GeneratorError, MaskError, ShapeError
 
 N, INF, NAN = 4, float("inf"), float("nan")
 Q = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import liegroup_attn as la
 from liegroup_attn.errors import MaskError
-from liegroup_attn.rates import prepare_mask
+from liegroup_attn.masks import prepare_mask
 
 
 def _accepts(mask: torch.Tensor, allow_open_mask: bool = False, is_causal: bool = False) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ShapeError, check_shape
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import ShapeError
 
 
 def square(name: str, matrix: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.algebra._square import square
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
 
 __all__ = ["basis", "coordinates", "elementary", "from_coordinates"]
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square, squares
 from liegroup_attn.algebra.bases import basis, coordinates
-from liegroup_attn.errors import GeneratorError, values_visible
+from liegroup_attn.errors import GeneratorError
+from liegroup_attn.tensors import values_visible
 
 __all__ = ["Ad", "ad", "bch", "bracket", "structure_constants"]
 

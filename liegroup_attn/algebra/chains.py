@@ -11,7 +11,8 @@ from torch import Tensor
 from liegroup_attn.algebra._square import eye_like, square
 from liegroup_attn.algebra.exponential import expm
 from liegroup_attn.algebra.membership import is_rate_matrix
-from liegroup_attn.errors import GeneratorError, ShapeError, values_visible
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.tensors import values_visible
 
 __all__ = ["exit_rates", "expected_hops"]
 

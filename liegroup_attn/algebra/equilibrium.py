@@ -7,7 +7,9 @@ from torch import Tensor
 
 from liegroup_attn.algebra._square import square
 from liegroup_attn.algebra.chains import one_closed_class, rate_matrix, reachable
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, fits, values_visible
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.tensors import fits, values_visible
 
 __all__ = ["detailed_balance_residual", "is_reversible", "stationary_distribution"]
 

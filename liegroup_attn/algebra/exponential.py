@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import square, squares
-from liegroup_attn.errors import values_visible, without_autocast
+from liegroup_attn.tensors import values_visible, without_autocast
 
 __all__ = ["dexp", "expm"]
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square
 from liegroup_attn.algebra.chains import rate_matrix, reachable
-from liegroup_attn.errors import MaskError, fits
+from liegroup_attn.errors import MaskError
+from liegroup_attn.tensors import fits
 
 __all__ = ["absorption_probabilities", "hitting_probabilities", "hitting_times"]
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square
 from liegroup_attn.algebra.exponential import derivative_block
-from liegroup_attn.errors import ConvergenceError, GeneratorError, check_finite, values_visible
+from liegroup_attn.checks import check_finite
+from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.tensors import values_visible
 
 __all__ = ["logm"]
 

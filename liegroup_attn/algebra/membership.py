@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square
-from liegroup_attn.errors import MaskError, check_finite, fits
+from liegroup_attn.checks import check_finite
+from liegroup_attn.errors import MaskError
+from liegroup_attn.tensors import fits
 
 __all__ = ["in_algebra", "is_rate_matrix", "is_stochastic", "project_algebra", "project_cone"]
 

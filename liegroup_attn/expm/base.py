@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import ConvergenceError, GeneratorError, differentiated, without_autocast
+from liegroup_attn.errors import ConvergenceError, GeneratorError
 from liegroup_attn.generators import Generator
+from liegroup_attn.tensors import differentiated, without_autocast
 
 __all__ = ["HopMethod", "Method", "flatten_batch", "mixture", "per_row", "working_dtype"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import pick
 from liegroup_attn.expm.jumps import Plan, Rows, jumped_from, pushes, reverse_block, run_block
+from liegroup_attn.tensors import pick
 
 __all__ = ["causal_jumps", "extend_jumps"]
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from liegroup_attn.algebra import expm
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError, without_autocast
+from liegroup_attn.errors import GeneratorError
 from liegroup_attn.expm.base import Method, hop_matrix, mean_hops, mix_by, seen
 from liegroup_attn.expm.squaring import squared
 from liegroup_attn.generators import Generator
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["MatrixExp"]
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import Method, longest, per_row, working_dtype
 from liegroup_attn.expm.dense import resolvent
 from liegroup_attn.generators import Generator, LowRankGenerator
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["LowRank"]
 

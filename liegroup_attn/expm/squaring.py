@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import HopMethod, hop_matrix, longest, mean_hops, mix_by, per_row
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["ScalingSquaring", "squaring_plan"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import (
     HopMethod,
     flatten_batch,
@@ -21,6 +21,7 @@ from liegroup_attn.expm.causal import causal_jumps, extend_jumps
 from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.kernels import kernels_available
 from liegroup_attn.generators import Generator, SoftmaxGenerator
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["CausalSweep"]
 

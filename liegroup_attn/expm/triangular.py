@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import GeneratorError, ShapeError, without_autocast
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.expm.base import Method, mean_hops, per_row, within, working_dtype
 from liegroup_attn.expm.jumps import Plan, Rows, columns, run_block
 from liegroup_attn.generators import Generator
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["TriangularSolve"]
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import fits, without_autocast
 from liegroup_attn.expm.base import (
     MANY,
     HopMethod,
@@ -21,6 +20,7 @@ from liegroup_attn.expm.formed import formed_jumps
 from liegroup_attn.expm.jumps import Plan, columns, iterates
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
+from liegroup_attn.tensors import fits, without_autocast
 
 __all__ = ["Uniformization"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra import is_rate_matrix
-from liegroup_attn.errors import without_autocast
+from liegroup_attn.tensors import at_least_float32, without_autocast
 
-__all__ = ["Generator", "at_least_float32", "product"]
+__all__ = ["Generator", "product"]
 
 
 class Generator(ABC):
@@ -149,11 +149,6 @@ class Generator(ABC):
         return ScaledGenerator(self, factor) if isinstance(factor, Tensor | Real) else NotImplemented
 
     __rmul__ = __mul__
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision would round every hop."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def product(matrix: Tensor, value: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liegroup_attn.algebra import is_rate_matrix
-from liegroup_attn.errors import GeneratorError, ShapeError, check_finite, check_jump_rates, check_shape, values_visible
-from liegroup_attn.generators.base import Generator, at_least_float32, product
+from liegroup_attn.checks import check_finite, check_jump_rates, check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.generators.base import Generator, product
+from liegroup_attn.tensors import at_least_float32, values_visible
 
 __all__ = ["DenseGenerator"]
 

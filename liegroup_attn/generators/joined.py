@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import GeneratorError, ShapeError, fits
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.generators.base import Generator
 from liegroup_attn.generators.dense import DenseGenerator
 from liegroup_attn.generators.softmax import SoftmaxGenerator
 from liegroup_attn.generators.sums import HeadMixture
+from liegroup_attn.tensors import fits
 
 __all__ = ["joined_generator", "masked_as"]
 

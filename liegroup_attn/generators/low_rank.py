@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import (
-    DtypeError,
-    GeneratorError,
-    ShapeError,
-    check_finite,
-    check_shape,
-    fits,
-    values_visible,
-    without_autocast,
-)
-from liegroup_attn.generators.base import Generator, at_least_float32
+from liegroup_attn.checks import check_finite, check_shape
+from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError
+from liegroup_attn.generators.base import Generator
+from liegroup_attn.tensors import at_least_float32, fits, values_visible, without_autocast
 
 __all__ = ["LowRankGenerator"]
 

@@ -8,18 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liegroup_attn.errors import (
-    DtypeError,
-    ShapeError,
-    check_dropout,
-    check_jump_rates,
-    check_scale,
-    check_scores,
-    check_shape,
-    without_autocast,
-)
-from liegroup_attn.generators.base import Generator, at_least_float32
-from liegroup_attn.rates import biased_mask, check_bias, prepare_mask
+from liegroup_attn.checks import check_dropout, check_jump_rates, check_scale, check_scores, check_shape
+from liegroup_attn.errors import DtypeError, ShapeError
+from liegroup_attn.generators.base import Generator
+from liegroup_attn.masks import biased_mask, check_bias, prepare_mask
+from liegroup_attn.tensors import at_least_float32, without_autocast
 
 __all__ = ["SoftmaxGenerator"]
 

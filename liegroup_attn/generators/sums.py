@@ -9,8 +9,10 @@ from operator import add
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, values_visible, without_autocast
-from liegroup_attn.generators.base import Generator, at_least_float32
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
+from liegroup_attn.generators.base import Generator
+from liegroup_attn.tensors import at_least_float32, values_visible, without_autocast
 
 __all__ = ["HeadMixture", "ScaledGenerator", "SumGenerator"]
 

@@ -6,7 +6,8 @@ import geoopt
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ShapeError, without_autocast
+from liegroup_attn.errors import ShapeError
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["off_manifold"]
 

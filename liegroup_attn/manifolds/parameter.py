@@ -11,8 +11,10 @@ import torch
 from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
-from liegroup_attn.errors import GeneratorError, ShapeError, check_shape, without_autocast
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.manifolds.checks import off_manifold
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["declared", "hold", "restore"]
 

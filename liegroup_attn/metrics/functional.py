@@ -11,7 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import check_shape
+from liegroup_attn.checks import check_shape
 
 __all__ = ["attention_entropy", "bits_per_byte", "row_stochasticity_error"]
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import DtypeError, ShapeError, check_shape
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.metrics.functional import at_least_float32, entropy
 
 __all__ = ["distance_to_softmax", "effective_rank", "sink_mass"]

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.errors import CacheError, MaskError, ShapeError, check_shape, without_autocast
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import CacheError, MaskError, ShapeError
 from liegroup_attn.generators import Generator
+from liegroup_attn.masks import biased_mask
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.scores import BilinearScores
 from liegroup_attn.positional import BiasEncoding, RotationEncoding
-from liegroup_attn.rates import biased_mask
 from liegroup_attn.resettable import Resettable
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
 

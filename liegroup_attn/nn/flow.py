@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.clocks import Clock, FixedClock, clock_from
-from liegroup_attn.errors import GeneratorError, differentiated, pick, values_visible
+from liegroup_attn.errors import GeneratorError
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
 from liegroup_attn.expm.base import hops_for
 from liegroup_attn.functional import lie_attention
 from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.nn.timed import Constant, Timed
+from liegroup_attn.tensors import differentiated, pick, values_visible
 
 __all__ = ["LieFlow"]
 

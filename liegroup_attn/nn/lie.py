@@ -18,12 +18,12 @@ from liegroup_attn.functional import expm_multiply, lie_attention
 from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
 from liegroup_attn.generators.joined import joined_generator, masked_as
 from liegroup_attn.manifolds import OpenInterval, PositiveVectors, StochasticMatrices, hold
+from liegroup_attn.masks import taking_part
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.timed import Constant, Timed
 from liegroup_attn.positional import BiasEncoding
-from liegroup_attn.rates import taking_part
 
 __all__ = ["LieAttention", "scale_time"]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.errors import DtypeError, MaskError, NestedTensorError, ShapeError
+from liegroup_attn.masks import check_closed
 from liegroup_attn.nn.flow import LieFlow
-from liegroup_attn.rates import check_closed
 
 __all__ = ["LieMultiheadAttention"]
 

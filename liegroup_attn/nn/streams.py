@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError, without_autocast
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.manifolds import DoublyBalancedRateMatrices, hold
 from liegroup_attn.nn.learned import generator_of
 from liegroup_attn.resettable import Resettable
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["Residual", "ResidualStreams"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import CacheError, ShapeError, autocast_dtype
+from liegroup_attn.errors import CacheError, ShapeError
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import continue_tokens
@@ -18,6 +18,7 @@ from liegroup_attn.nn.recipe import ROPE, AttentionRecipe, build_attention, buil
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.positional import AbsoluteEncoding
 from liegroup_attn.resettable import Resettable
+from liegroup_attn.tensors import autocast_dtype
 
 __all__ = ["Block", "Transformer"]
 

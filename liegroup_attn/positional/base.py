@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import DtypeError, ShapeError, check_shape, fits, values_visible, without_autocast
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.resettable import Resettable
+from liegroup_attn.tensors import fits, values_visible, without_autocast
 
 __all__ = ["AbsoluteEncoding", "BiasEncoding", "PositionalEncoding", "RotationEncoding", "grid_positions"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import values_visible
 from liegroup_attn.positional.base import AbsoluteEncoding, check_sizes
+from liegroup_attn.tensors import values_visible
 
 __all__ = ["LearnedEncoding"]
 

@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.errors import ShapeError, check_shape, without_autocast
+from liegroup_attn.checks import check_shape
+from liegroup_attn.errors import ShapeError
 from liegroup_attn.manifolds import Stiefel, hold
 from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal, start_frequencies
 from liegroup_attn.positional.pairs import turn_pairs
+from liegroup_attn.tensors import without_autocast
 
 __all__ = ["PlaneRotary", "rodrigues"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from liegroup_attn.errors import MaskError
-from liegroup_attn.rates import check_closed
+from liegroup_attn.masks import check_closed
 
 __all__ = ["closed_mask", "is_causal_mask", "lie_mask"]
 

@@ -1,0 +1,60 @@
+"""What may be asked of a tensor: its values, a derivative by it, the dtype it is computed in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["at_least_float32", "autocast_dtype", "differentiated", "fits", "pick", "values_visible", "without_autocast"]
+
+
+def values_visible(tensor: Tensor) -> bool:
+    """Whether values may be looked at: a GPU would have to be waited for, torch.compile breaks its graph, vmap refuses."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return False
+    try:
+        tensor.detach()[(0,) * tensor.dim()].item()
+    except RuntimeError:  # under vmap a tensor stands for many
+        return False
+    return True
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative by this tensor is wanted, in reverse or in forward mode."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def pick(reverse: Any, forward: Any) -> Any:
+    """A Function without, or with, a rule for forward mode."""
+    # torch.compile refuses a Function that has a forward-mode rule of its own.
+    return reverse if torch.compiler.is_compiling() else forward
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Computes in the dtypes that tensors have, whatever autocast says; meta tensors know of no autocast."""
+    device = tensor.device.type
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would make of a tensor's products, None where it is off."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether a shape broadcasts to another without enlarging it."""
+    try:
+        return torch.broadcast_shapes(shape, into) == into
+    except RuntimeError:
+        return False
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision would round every hop."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
