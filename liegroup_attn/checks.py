@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError
-from liegroup_attn.tensors import autocast_dtype, fits, values_visible
+from liegroup_attn.tensors import autocast_dtype, fits, of_heads, values_visible
 
 __all__ = [
     "check_dropout",
@@ -216,8 +216,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tu
                     f"{name}: expected a number of heads that divides the query's {heads}, got shape {tuple(tensor.shape)}; "
                     "set num_kv_heads to a divisor"
                 )
-        key = key.repeat_interleave(heads // key.size(-3), -3)
-        value = value.repeat_interleave(heads // value.size(-3), -3)
+        key, value = of_heads(key, heads), of_heads(value, heads)
     try:
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     except RuntimeError:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,13 @@ from torch import Tensor
 
 from liegroup_attn.checks import check_dropout, check_qkv, check_scale, check_scores, check_shape, check_time
 from liegroup_attn.clocks import Clock, FixedClock
+from liegroup_attn.deprecated import warn_of
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.expm import Automatic, MatrixExp, Method, Uniformization
-from liegroup_attn.generators import Generator, SoftmaxGenerator
-from liegroup_attn.generators.joined import joined_generator
-from liegroup_attn.masks import biased_mask, check_bias, prepare_mask
+from liegroup_attn.expm import Automatic, MatrixExp, Method
+from liegroup_attn.generators import Generator, HeadMixture, SoftmaxGenerator
+from liegroup_attn.generators.dense import restricted
+from liegroup_attn.masks import biased_mask, read_mask
+from liegroup_attn.scores import check_bias
 from liegroup_attn.tensors import differentiated, values_visible
 
 __all__ = ["expm_multiply", "lie_attention", "transition_matrix"]
@@ -27,17 +32,21 @@ def expm_multiply(
     time: Tensor | float = 1.0,
     *,
     clock: Clock | None = None,
+    first_hop: bool = False,
     method: Method | None = None,
 ) -> Tensor:
-    """Let values flow along a generator: E[exp(τQ)]V.
+    """Let values flow along a generator: E[exp(τQ)]V, or S·E[exp(τQ)]V.
 
     Args:
-        generator: Q on N tokens.
+        generator: Q on N tokens. What it drops (``dropout_p``) is dropped anew in each hop, independently (the mean over
+            dropouts is exp(tQ)V); dense methods, and sweeps of an exponential or Erlang clock, drop entries of P(t) instead,
+            which then is formed: N³ work and N² memory.
         value: (..., N, D).
         time: mean of τ, ≥ 0, a number or broadcastable to (..., N), one per query row; (heads, 1) is one per head.
             Further dimensions in front are several times, computed from one set of iterates where the method has any:
             (T, 1, 1, 1) for values (B, H, N, D) gives (T, B, H, N, D).
         clock: law of τ; None is the fixed clock τ = t, i.e. exp(tQ)V.
+        first_hop: first jump once, then run: S·E[exp(τQ)]V; at time 0 softmax attention.
         method: how. None chooses by generator, number of hops, size, device and dtype, see ``expm.Automatic``.
 
     Returns:
@@ -76,7 +85,20 @@ def expm_multiply(
     batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
     when = check_time(time, batch, generator.num_states)
     law, how = _check_law(clock, method)
-    return how.act(generator, value, when, law)
+    if _still(when):
+        value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
+        return generator.jump(value) if first_hop else value.clone()
+    bound = generator.rate_bound()
+    known = None  # without a look at any tensor
+    if isinstance(bound, float) and isinstance(time, numbers.Real):
+        known = float(time) * bound
+    how = how.choose(generator, value, when, law, known)
+    if generator.dropout_p and not (how.drops_hops and generator.drops_in_hops):
+        eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
+        mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, law)
+        value = F.dropout(mixing, generator.dropout_p) @ value
+        return generator.jump(value) if first_hop else value
+    return how.act(generator, value, when, law, first_hop)
 
 
 def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock: Clock | None = None) -> Tensor:
@@ -119,6 +141,53 @@ def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock
     return MatrixExp().matrix(generator, when, law)
 
 
+_MEANS = {
+    "score_bias": "give it to the generator: expm_multiply(SoftmaxGenerator(q, k, score=bias, …), v, t, …)",
+    "plus": "add it: expm_multiply(SoftmaxGenerator(q, k, …) + R, v, t, …)",
+    "head_weights": "mix the heads: expm_multiply(HeadMixture(SoftmaxGenerator(q, k, …), w), v, t, …)",
+    "allow_open_mask": "give it to the generator: expm_multiply(SoftmaxGenerator(q, k, visible=mask, allow_open_mask=True), v, t)",
+}
+
+
+def _with_old_keywords(verb: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For one release: keywords of what are generators, or arguments of generators, now."""
+    known = signature(verb)
+
+    @wraps(verb)
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        old = {name: kwargs.pop(name) for name in _MEANS if name in kwargs}
+        for name in old:
+            warn_of(name, _MEANS[name])
+        if all(value is None or value is False for value in old.values()):
+            return verb(*args, **kwargs)
+        bound = known.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        query, key, value = check_qkv(*(given[name] for name in ("query", "key", "value", "enable_gqa")))
+        if query.size(-2) != key.size(-2) and old.keys() <= {"score_bias", "allow_open_mask"}:
+            verb(*args, **kwargs)  # which says what is wrong across
+            rest = {name: given[name] for name in ("attn_mask", "dropout_p", "is_causal", "scale")}
+            return _softmax_across(query, key, value, **rest, score_bias=old.get("score_bias"))
+        chain = SoftmaxGenerator(
+            query,
+            key,
+            score=old.get("score_bias"),
+            visible=given["attn_mask"],
+            allow_open_mask=old.get("allow_open_mask", False),
+            **{name: given[name] for name in ("is_causal", "jump_rates", "scale", "dropout_p")},
+        )
+        generator: Generator = chain if given["rate_fn"] is None else chain.with_rates(given["rate_fn"])
+        if (weights := old.get("head_weights")) is not None:
+            generator = HeadMixture(generator, weights)
+        if (plus := old.get("plus")) is not None:
+            generator = generator + restricted(plus, chain.visible)
+        flow = {name: given[name] for name in ("clock", "first_hop", "method")}
+        return expm_multiply(generator, value, given["time"], **flow)
+
+    return wrapped
+
+
+@_with_old_keywords
 def lie_attention(
     query: Tensor,
     key: Tensor,
@@ -134,16 +203,15 @@ def lie_attention(
     first_hop: bool = False,
     clock: Clock | None = None,
     rate_fn: Callable[[Tensor], Tensor] | None = None,
-    score_bias: Tensor | None = None,
-    plus: Generator | None = None,
-    head_weights: Tensor | None = None,
     method: Method | None = None,
-    allow_open_mask: bool = False,
 ) -> Tensor:
     """Attention that mixes values by exp(tQ), Q the generator made from the scores.
 
     The first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``; with
     ``first_hop=True, time=0`` so is the result. With ``first_hop=False, time=0`` the result is ``value``.
+
+    It is ``expm_multiply(SoftmaxGenerator(query, key, …), value, time, …)``, written out for what that takes besides: biases
+    and soft caps of scores, windows, documents, open masks, sums Q + R, mixtures over heads.
 
     Args:
         query: (..., H, N, E).
@@ -166,13 +234,7 @@ def lie_attention(
         clock: law of τ; None is the fixed clock (Poisson hops), ``ExponentialClock()`` the resolvent (geometric hops).
         rate_fn: None is the jump chain, Q = diag(ρ)(softmax(scores) − I). A function from scores to rates ≥ 0 makes
             Q = diag(ρ)(R − diag(R1)), which forms N×N.
-        score_bias: finite numbers added to the scores (log-rates), broadcastable to (..., H, N, N), e.g. of a
-            ``positional.BiasEncoding``. It hides nothing.
-        plus: a further generator on the same tokens, added to that of the scores: relative-position rates, a learned
-            matrix. Masks act on it too (which forms N×N, unless it is causal itself); its rates count among the hops.
-        head_weights: w ≥ 0, (H, H): head g flows along Σ_h w_gh Q_h, before ``plus`` is added.
         method: how exp(tQ)V is computed; None chooses, see ``expm_multiply``.
-        allow_open_mask: accept a mask that is not transitively closed and let exp(tQ) fill it; also skips the check.
 
     Returns:
         (..., H, N, D), dtype of ``value``.
@@ -194,50 +256,33 @@ def lie_attention(
     Source: docs/mathematics; relatives are [Fagnou2024]_ and [Chamberlain2021]_.
     """
     query, key, value = check_qkv(query, key, value, enable_gqa)
-    check_dropout(dropout_p)
-    check_scale(scale)
-    clock, how = _check_law(clock, method)
-    if rate_fn is not None and not callable(rate_fn):
-        raise GeneratorError(
-            f"rate_fn: expected a function of scores, got {rate_fn!r}; pass liegroup_attn.softplus itself"
-        )
+    _check_law(clock, method)
     when = check_time(time, query.shape[:-2], query.size(-2))
-    across = query.size(-2) != key.size(-2)
-    zero = (across or values_visible(when)) and bool((when == 0).all())
-    if across:
-        if not (first_hop and zero and rate_fn is plus is head_weights is None):
+    if query.size(-2) != key.size(-2):
+        if not (first_hop and bool((when == 0).all()) and rate_fn is None):
             raise ShapeError(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
-                "no generator, only first_hop=True with time=0, rate_fn=None, plus=None, head_weights=None (softmax attention)"
+                "no generator, only first_hop=True with time=0 and rate_fn=None (softmax attention)"
             )
-        return _softmax_across(query, key, value, attn_mask, score_bias, dropout_p, is_causal, scale)
-    still = zero and not differentiated(when)  # a time that starts at 0 still has a gradient
-    allow_open_mask = allow_open_mask or still  # without hops nothing leaks
+        return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    open_mask = _still(when)  # without hops nothing leaks
     chain = SoftmaxGenerator(
         query,
         key,
-        jump_rates=jump_rates,
-        attn_mask=attn_mask,
+        visible=attn_mask,
         is_causal=is_causal,
-        score_bias=score_bias,
+        jump_rates=jump_rates,
         scale=scale,
         dropout_p=dropout_p,
-        allow_open_mask=allow_open_mask,
+        allow_open_mask=open_mask,
     )
-    generator = joined_generator(chain, rate_fn, head_weights, plus)
-    if still:
-        value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
-        return generator.jump(value) if first_hop else value.clone()
-    if isinstance(how, Automatic):
-        if how.longest is None and isinstance(time, numbers.Real) and generator is chain:
-            how = Automatic(how.tol, float(time), streams=how.streams)  # a number is known without a look at any tensor
-        how = how.choose(generator, value, when, clock)
-    if dropout_p > 0 and not (isinstance(how, Uniformization) and rate_fn is None):
-        eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
-        mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, clock)
-        value = F.dropout(mixing, dropout_p) @ value
-        return generator.jump(value) if first_hop else value
-    return how.act(generator, value, when, clock, first_hop)
+    generator = chain if rate_fn is None else chain.with_rates(rate_fn)
+    return expm_multiply(generator, value, time, clock=clock, first_hop=first_hop, method=method)
+
+
+def _still(time: Tensor) -> bool:
+    """Whether no time passes and no derivative by it is wanted: one that starts at 0 still has a gradient."""
+    return values_visible(time) and not differentiated(time) and bool((time == 0).all())
 
 
 def _softmax_across(
@@ -245,22 +290,31 @@ def _softmax_across(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    score_bias: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    score_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention to other tokens; a query without an allowed target has no value of its own and gets 0."""
     check_scores(query, key, query.size(-1) ** -0.5 if scale is None else scale)
     shape = torch.Size([*query.shape[:-1], key.size(-2)])
-    mask = prepare_mask(attn_mask, is_causal, shape, query.dtype, allow_open_mask=True)
-    if score_bias is not None:
-        score_bias = check_bias(score_bias, shape)
-    hidden = biased_mask(score_bias, mask.attn_mask, is_causal and mask.attn_mask is None, query, key)
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, hidden, dropout_p, is_causal and hidden is None, scale=scale
-    )
-    return mixed if mask.no_target is None else mixed.masked_fill(mask.no_target, 0)
+    check_dropout(dropout_p)
+    check_scale(scale)
+    bias = None if score_bias is None else check_bias(score_bias, shape)
+    allowed = no_target = None
+    if attn_mask is not None:
+        visible, of_mask = read_mask(attn_mask, query.dtype)
+        if of_mask is not None:
+            bias = of_mask if bias is None else bias + of_mask
+        visible.check(shape)
+        (allowed,) = visible.tensors
+        if is_causal:
+            allowed = allowed & torch.ones(shape[-2:], dtype=torch.bool, device=allowed.device).tril()
+        no_target = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | no_target
+    mask = biased_mask(bias, allowed, is_causal and allowed is None, query, key)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal and mask is None, scale=scale)
+    return mixed if no_target is None else mixed.masked_fill(no_target, 0)
 
 
 def _check_law(clock: Clock | None, method: Method | None) -> tuple[Clock, Method]:

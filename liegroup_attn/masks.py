@@ -1,66 +1,40 @@
-"""Who sees whom: masks through which exp(tQ) does not leak."""
+"""Masks as tensors: read, given to kernels, looked at for leaks."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.checks import check_finite
 from liegroup_attn.errors import DtypeError, MaskError
-from liegroup_attn.tensors import autocast_dtype, fits
+from liegroup_attn.tensors import autocast_dtype
+from liegroup_attn.visible import Allowed, Visible
 
-__all__ = ["Mask", "biased_mask", "check_bias", "check_closed", "prepare_mask", "taking_part"]
-
-
-class Mask(NamedTuple):
-    """A mask made safe for softmax: rows without a target are opened, and named so that they keep their value."""
-
-    attn_mask: Tensor | None  # bool or float, broadcastable to (..., N, N); no row is empty
-    no_target: Tensor | None  # (..., N or 1, 1) bool: rows that had no allowed target
-
-    def masked(self) -> Tensor | None:
-        """Bool, True = takes no part, as given (a row without a target is all True); None where all take part."""
-        if self.attn_mask is None or self.no_target is None:
-            return None
-        hidden = ~self.attn_mask if self.attn_mask.dtype == torch.bool else self.attn_mask == -torch.inf
-        return hidden | self.no_target
+__all__ = ["biased_mask", "check_closed", "read_mask", "taking_part"]
 
 
-def prepare_mask(
-    attn_mask: Tensor | None, is_causal: bool, scores_shape: torch.Size, dtype: torch.dtype, allow_open_mask: bool
-) -> Mask:
-    """Check a mask at the public door and make it safe.
-
-    exp(tQ) reaches every token that can be reached by several allowed hops, so a mask must be transitively closed,
-    and a token that others see and that sees others must see itself.
+def read_mask(attn_mask: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Visible, Tensor | None]:
+    """Check a mask at the public door: what it shows, and of a float mask what it adds to the scores.
 
     Args:
-        attn_mask: broadcastable to (..., N, N); bool (True = takes part) or float (added to the scores; −inf, or
+        attn_mask: broadcastable to (..., N, M); bool (True = takes part) or float (added to the scores; −inf, or
             anything below half the dtype's least number, hides).
-        is_causal: lower-triangular mask, beside ``attn_mask`` or alone.
-        scores_shape: (..., N, N).
         dtype: of the scores; a float mask must have it.
-        allow_open_mask: skip the closure check.
+        first: the token that its first row is of.
 
     Returns:
-        The safe mask.
+        Who sees whom, and a finite bias or None.
 
     Raises:
-        MaskError: wrong shape, NaN or +inf, or not transitively closed.
+        MaskError: fewer than 2 dimensions.
         DtypeError: neither bool nor the scores' dtype.
+        GeneratorError: NaN or +inf.
 
     Example:
-        >>> window = torch.ones(3, 3, dtype=torch.bool).tril().triu(-1)
-        >>> prepare_mask(window, False, torch.Size([3, 3]), torch.float32, False)
-        Traceback (most recent call last):
-        ...
-        liegroup_attn.errors.MaskError: attn_mask: expected a transitively closed mask, got one through which token 2 \
-reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let exp(tQ) fill it
+        >>> visible, bias = read_mask(torch.tensor([[0.5, -torch.inf]]), torch.float32)
+        >>> visible.tensors[0], bias
+        (tensor([[ True, False]]), tensor([[0.5000, 0.0000]]))
     """
-    if attn_mask is None:
-        return Mask(None, None)
     if not isinstance(attn_mask, Tensor):
         raise DtypeError(
             f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor"
@@ -71,57 +45,17 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         raise DtypeError(
             f"attn_mask: expected torch.bool (True = takes part) or {dtype} as the query, got {attn_mask.dtype}; convert it"
         )
-    if attn_mask.dim() < 2 or not fits(attn_mask.shape, scores_shape):
+    if attn_mask.dim() < 2:
         raise MaskError(
-            f"attn_mask: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, "
-            f"got {tuple(attn_mask.shape)}; index it as (batch, 1, query, key) or (query, key)"
+            f"attn_mask: expected at least 2 dimensions, got shape {tuple(attn_mask.shape)}; index it as (batch, 1, query, "
+            "key) or (query, key)"
         )
-    one_row = attn_mask.size(-2) == 1  # key padding: closed, and so is what two closed masks allow
-    if is_causal:
-        attn_mask = causal_too(attn_mask, *scores_shape[-2:])
-    allowed = taking_part(attn_mask)
-    no_target = ~allowed.any(-1, keepdim=True)
     if attn_mask.dtype == torch.bool:
-        safe = attn_mask | no_target
-    else:
-        check_finite("attn_mask (apart from what it hides)", attn_mask.detach().masked_fill(~allowed, 0.0))
-        safe = attn_mask.masked_fill(~allowed, -torch.inf).masked_fill(no_target, 0.0)
-    if not (allow_open_mask or one_row):
-        check_closed(attn_mask)
-    return Mask(safe, no_target)
-
-
-def causal_too(attn_mask: Tensor, rows: int, columns: int) -> Tensor:
-    """A mask, bool or float, that also hides what comes later, (..., rows, columns)."""
-    ahead = torch.ones(rows, columns, dtype=torch.bool, device=attn_mask.device).triu(1)
-    return attn_mask & ~ahead if attn_mask.dtype == torch.bool else torch.where(ahead, -torch.inf, attn_mask)
-
-
-def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
-    """Check what is added to the scores.
-
-    Args:
-        score_bias: finite numbers, broadcastable to (..., N, M).
-        scores_shape: (..., N, M).
-
-    Returns:
-        It.
-
-    Raises:
-        DtypeError: not a floating-point tensor.
-        MaskError: another shape.
-        GeneratorError: NaN or inf (looked at on CPU); a mask hides, a bias does not.
-    """
-    if not isinstance(score_bias, Tensor) or not score_bias.is_floating_point():
-        got = score_bias.dtype if isinstance(score_bias, Tensor) else type(score_bias).__name__
-        raise DtypeError(f"score_bias: expected a floating-point tensor, got {got}; what hides tokens is attn_mask")
-    if score_bias.dim() < 2 or not fits(score_bias.shape, scores_shape):
-        raise MaskError(
-            f"score_bias: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, got "
-            f"{tuple(score_bias.shape)}; one number per query and key"
-        )
-    check_finite("score_bias", score_bias)
-    return score_bias
+        return Allowed(attn_mask, first=first), None
+    allowed = taking_part(attn_mask)
+    bias = attn_mask.masked_fill(~allowed, 0.0)
+    check_finite("attn_mask (apart from what it hides)", bias)
+    return Allowed(allowed, bias.detach(), first=first), bias
 
 
 def biased_mask(
@@ -153,14 +87,14 @@ def biased_mask(
             f"attn_mask: expected torch.bool (True = takes part) or {query.dtype} as the query, got {attn_mask.dtype}; convert it"
         )
     if score_bias is None:
-        return causal_too(attn_mask, *sizes) if is_causal and attn_mask is not None else attn_mask
+        return _causal_too(attn_mask, *sizes) if is_causal and attn_mask is not None else attn_mask
     bias = score_bias
     if query.dtype == torch.float16:  # the one dtype whose range a bias leaves; ±inf would be NaN or an empty row
         limit = torch.finfo(torch.float16).max / 2
         bias = bias.clamp(-limit, limit)
     bias = bias.to(query.dtype)
     if is_causal:  # of the tokens, not of the bias, which may have one row or column for all
-        bias = causal_too(bias, *sizes)
+        bias = _causal_too(bias, *sizes)
     if attn_mask is None:
         return bias
     if attn_mask.dtype == torch.bool:
@@ -168,11 +102,10 @@ def biased_mask(
     return bias + attn_mask.to(query.dtype)
 
 
-def check_closed(attn_mask: Tensor) -> None:
-    """Raise MaskError unless a mask (True = takes part, or float) is transitively closed; torch.compile does not look."""
-    if not torch.compiler.is_compiling():
-        allowed = _reached(attn_mask)
-        _check_closed(allowed, ~allowed.any(-1, keepdim=True))
+def _causal_too(attn_mask: Tensor, rows: int, columns: int) -> Tensor:
+    """A mask, bool or float, that also hides what comes later, (..., rows, columns)."""
+    ahead = torch.ones(rows, columns, dtype=torch.bool, device=attn_mask.device).triu(1)
+    return attn_mask & ~ahead if attn_mask.dtype == torch.bool else torch.where(ahead, -torch.inf, attn_mask)
 
 
 def taking_part(attn_mask: Tensor) -> Tensor:
@@ -183,13 +116,42 @@ def taking_part(attn_mask: Tensor) -> Tensor:
 _FAR = 5000.0  # below the largest score: nothing is left of such a weight in any dtype, as with masks of −1e4 or −1e9
 
 
-def _reached(attn_mask: Tensor) -> Tensor:
-    """Which targets a row can reach: those allowed, without those that a bias puts out of reach."""
-    allowed = taking_part(attn_mask)
-    if attn_mask.dtype == torch.bool or attn_mask.numel() == 0:
-        return allowed
-    bias = attn_mask.detach()
-    return allowed & (bias > bias.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True) - _FAR)
+def check_closed(visible: Visible | Tensor, num_tokens: int | None = None) -> None:
+    """Raise MaskError unless what is visible, or a mask (True = takes part, or float), is transitively closed.
+
+    exp(tQ) reaches every token that can be reached by several allowed hops, so a mask must be transitively closed,
+    and a token that others see and that sees others must see itself. N³ work, unless it is known; torch.compile does not look.
+
+    Args:
+        visible: what is looked at.
+        num_tokens: N; default the mask's.
+
+    Raises:
+        MaskError: not closed.
+
+    Example:
+        >>> check_closed(torch.ones(3, 3, dtype=torch.bool).tril().triu(-1))
+        Traceback (most recent call last):
+        ...
+        liegroup_attn.errors.MaskError: attn_mask: expected a transitively closed mask, got one through which token 2 \
+reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let exp(tQ) fill it
+    """
+    if isinstance(visible, Tensor):
+        mask, shown = visible, taking_part(visible)
+        visible = Allowed(shown, None if mask.dtype == torch.bool else mask.detach().masked_fill(~shown, 0.0))
+    if visible.closed or torch.compiler.is_compiling():
+        return
+    n = num_tokens or visible.tensors[0].size(-1)
+    allowed = visible.rows(0, n, n, visible.tensors, visible.tensors[0].device)
+    if allowed is None:
+        return
+    no_target = ~allowed.any(-1, keepdim=True)
+    for part in visible.parts:
+        if isinstance(part, Allowed) and part.bias is not None and part.bias.numel():
+            # Without those that a bias puts out of reach.
+            most = part.bias.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True)
+            allowed = allowed & (part.bias > most - _FAR)
+    _check_closed(allowed, no_target)
 
 
 def _check_closed(allowed: Tensor, no_target: Tensor) -> None:

@@ -21,6 +21,7 @@ def exponential(scores: Tensor) -> Tensor:
         (...), rates > 0.
 
     Example:
+        >>> import torch
         >>> exponential(torch.tensor([0.0]))
         tensor([1.])
     """
@@ -37,6 +38,7 @@ def softplus(scores: Tensor) -> Tensor:
         (...), rates > 0.
 
     Example:
+        >>> import torch
         >>> softplus(torch.tensor([0.0]))
         tensor([0.6931])
     """
@@ -53,6 +55,7 @@ def squared_relu(scores: Tensor) -> Tensor:
         (...), rates ≥ 0.
 
     Example:
+        >>> import torch
         >>> squared_relu(torch.tensor([-1.0, 3.0]))
         tensor([0., 9.])
     """

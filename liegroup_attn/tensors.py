@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "autocast_dtype", "differentiated", "fits", "pick", "values_visible", "without_autocast"]
+__all__ = [
+    "at_least_float32",
+    "autocast_dtype",
+    "differentiated",
+    "fits",
+    "of_heads",
+    "pick",
+    "product",
+    "values_visible",
+    "without_autocast",
+]
 
 
 def values_visible(tensor: Tensor) -> bool:
@@ -58,3 +68,16 @@ def fits(shape: torch.Size, into: torch.Size) -> bool:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision would round every hop."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def product(matrix: Tensor, value: Tensor) -> Tensor:
+    """matrix · value in the wider of both dtypes, in the value's."""
+    dtype = torch.promote_types(matrix.dtype, value.dtype)
+    with without_autocast(value):
+        return (matrix.to(dtype) @ value.to(dtype)).to(value.dtype)
+
+
+def of_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Keys or values (..., H_kv, N, D) with one head for every query head: (..., H, N, D)."""
+    groups = x.size(-3)
+    return x if groups == num_heads else x.repeat_interleave(num_heads // groups, -3)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from covering import covering
 
 import liegroup_attn as la
+from liegroup_attn.generators import HeadMixture
+from liegroup_attn.generators.dense import restricted
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WIDE = (torch.float32, torch.float64)
@@ -248,6 +250,28 @@ class Problem(NamedTuple):
 def library_knobs(knobs: dict[str, Any]) -> dict[str, Any]:
     """Names of table rows → what ``lie_attention`` takes."""
     return knobs | {"clock": CLOCKS[knobs["clock"]].clock, "rate_fn": RATE_FNS[knobs["rate_fn"]].rate_fn}
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    score: Any = None,
+    plus: Any = None,
+    weights: torch.Tensor | None = None,
+    allow_open_mask: bool = False,
+    **knobs: Any,
+) -> torch.Tensor:
+    """``lie_attention`` with what only generators take: what acts on scores, R in Q + R, a mixture over heads."""
+    flow = {name: knobs.pop(name) for name in ("time", "clock", "first_hop", "method") if name in knobs}
+    rate_fn = knobs.pop("rate_fn", None)
+    chain = la.SoftmaxGenerator(query, key, score=score, visible=attn_mask, allow_open_mask=allow_open_mask, **knobs)
+    generator = chain if rate_fn is None else chain.with_rates(rate_fn)
+    generator = generator if weights is None else HeadMixture(generator, weights)
+    generator = generator if plus is None else generator + restricted(plus, chain.visible)
+    return la.expm_multiply(generator, value, **flow)
 
 
 def problem(

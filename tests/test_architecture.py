@@ -19,7 +19,6 @@ FLOORS = (
     ("liegroup_attn.functional",),
     ("liegroup_attn.expm", "liegroup_attn.positional", "liegroup_attn.plots"),
     (
-        "liegroup_attn.masks",
         "liegroup_attn.rates",
         "liegroup_attn.clocks",
         "liegroup_attn.generators",
@@ -28,7 +27,16 @@ FLOORS = (
         "liegroup_attn.metrics",
         "liegroup_attn.algebra",
     ),
-    ("liegroup_attn.checks", "liegroup_attn.errors", "liegroup_attn.resettable", "liegroup_attn.tensors"),
+    (
+        "liegroup_attn.masks",
+        "liegroup_attn.scores",
+        "liegroup_attn.visible",
+        "liegroup_attn.checks",
+        "liegroup_attn.deprecated",
+        "liegroup_attn.errors",
+        "liegroup_attn.resettable",
+        "liegroup_attn.tensors",
+    ),
 )
 
 DOORS = {
@@ -40,7 +48,6 @@ DOORS = {
     "scipy": ("experiments",),
     "sklearn": ("liegroup_attn.lightning.data.digits",),
     "torchdiffeq": ("experiments",),
-    "triton": ("liegroup_attn.expm.kernels",),
     "transformers": ("liegroup_attn.integrations", "experiments"),
     "x_transformers": ("liegroup_attn.integrations", "experiments"),
     "rotary_embedding_torch": ("experiments",),

@@ -257,7 +257,7 @@ def test_rows_are_distributions_and_masked_targets_get_exactly_nothing(c):
 def test_transition_matrix_is_the_mixing_matrix(c, dtype):
     p = problem(c, n=6, dtype=dtype, jump_rates=False)
     if c.rates == "jump chain":
-        generator = la.SoftmaxGenerator(p.query, p.key, attn_mask=p.knobs["attn_mask"], is_causal=p.knobs["is_causal"])
+        generator = la.SoftmaxGenerator(p.query, p.key, visible=p.knobs["attn_mask"], is_causal=p.knobs["is_causal"])
     else:
         allowed = torch.tensor(p.allowed())
         rates = RATE_FNS[c.rates].rate_fn(p.query @ p.key.mT / 3**0.5).masked_fill(~allowed, 0)

@@ -15,7 +15,7 @@ from liegroup_attn.errors import GeneratorError
 def _softmax(mask, n=6, dtype=torch.float64, **knobs):
     attn_mask, is_causal = MASKS[mask](2, 2, n, dtype)
     query, key = torch.randn(2, 2, 2, n, 3, dtype=torch.float64).to(dtype)
-    return la.SoftmaxGenerator(query, key, attn_mask=attn_mask, is_causal=is_causal, **knobs)
+    return la.SoftmaxGenerator(query, key, visible=attn_mask, is_causal=is_causal, **knobs)
 
 
 def _dense(mask, n=6, dtype=torch.float64):
@@ -85,7 +85,7 @@ def test_softmax_generator_is_the_golden_one(mask):
     rates = torch.rand(2, 2, 6, dtype=torch.float64)
     attn_mask, is_causal = MASKS[mask](2, 2, 6, torch.float64)
     query, key = torch.randn(2, 2, 2, 6, 3, dtype=torch.float64)
-    generator = la.SoftmaxGenerator(query, key, attn_mask=attn_mask, is_causal=is_causal, scale=0.7, jump_rates=rates)
+    generator = la.SoftmaxGenerator(query, key, visible=attn_mask, is_causal=is_causal, scale=0.7, jump_rates=rates)
     chain, rate_matrix = golden_chain(query, key, attn_mask=attn_mask, is_causal=is_causal, scale=0.7)
     np.testing.assert_allclose(generator.jump_chain().expand(2, 2, 6, 6), chain, atol=1e-14)
     np.testing.assert_allclose(generator.dense(), rates.numpy()[..., None] * rate_matrix, atol=1e-14)

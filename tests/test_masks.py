@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from cases import MASKS
+from cases import MASKS, attention
 from hypothesis import given
 from hypothesis import strategies as st
 
 import liegroup_attn as la
 from liegroup_attn.errors import MaskError
-from liegroup_attn.masks import prepare_mask
+from liegroup_attn.masks import check_closed, read_mask
+from liegroup_attn.visible import Causal
 
 
-def _accepts(mask: torch.Tensor, allow_open_mask: bool = False, is_causal: bool = False) -> bool:
-    n = mask.size(-1)
+def _accepts(mask: torch.Tensor, is_causal: bool = False) -> bool:
+    visible, _ = read_mask(mask, torch.float32)
     try:
-        prepare_mask(mask, is_causal, torch.Size([*mask.shape[:-2], n, n]), torch.float32, allow_open_mask)
+        check_closed(Causal() & visible if is_causal else visible, mask.size(-1))
     except MaskError:
         return False
     return True
@@ -56,12 +57,6 @@ def test_verdict_is_that_of_brute_force(mask):
 def test_beside_a_causal_mask_both_are_one(mask):
     both = np.tril(mask)
     assert _accepts(torch.tensor(mask), is_causal=True) == _keeps(both)
-    ready, alone = (
-        prepare_mask(torch.tensor(m), c, torch.Size(m.shape), torch.float32, True)
-        for m, c in ((mask, True), (both, False))
-    )
-    assert torch.equal(ready.attn_mask, alone.attn_mask)
-    assert torch.equal(ready.no_target, alone.no_target)
 
 
 @given(_matrices())
@@ -132,7 +127,7 @@ def test_open_masks_are_refused_unless_allowed_by_name(name, knobs):
     q = torch.randn(1, 2, 6, 4)
     with pytest.raises(MaskError, match="allow_open_mask=True"):
         la.lie_attention(q, q, q, OPEN[name], **knobs)
-    out = la.lie_attention(q, q, q, OPEN[name], allow_open_mask=True, **knobs)
+    out = attention(q, q, q, OPEN[name], allow_open_mask=True, **knobs)
     assert torch.isfinite(out).all()
 
 
@@ -146,12 +141,12 @@ def test_without_hops_nothing_leaks_so_nothing_is_refused(name):
 def test_the_message_names_the_leak():
     window = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
     with pytest.raises(MaskError, match="token 2 reaches token 0 by way of token 1"):
-        prepare_mask(window, False, torch.Size([5, 5]), torch.float32, False)
+        check_closed(window)
 
 
 def test_an_open_mask_fills_its_closure():
     q = torch.randn(1, 5, 4, dtype=torch.float64)
     window = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)
     eye = torch.eye(5, dtype=torch.float64)[None]
-    mixing = la.lie_attention(q, q, eye, window, allow_open_mask=True)
+    mixing = attention(q, q, eye, window, allow_open_mask=True)
     assert torch.equal(mixing > 0, torch.ones(1, 5, 5).tril() > 0)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import scipy.linalg
 import torch
+from cases import attention
 from torch import Tensor
 
 import liegroup_attn as la
@@ -175,7 +176,7 @@ def test_the_first_hop_has_its_gradient_at_rates_of_zero():
 
     def loss(size: Tensor) -> Tensor:
         plus = la.DenseGenerator.from_rates(size * grown)
-        return la.lie_attention(q, k, v, plus=plus, first_hop=True, time=0.5, method=la.MatrixExp()).sum()
+        return attention(q, k, v, plus=plus, first_hop=True, time=0.5, method=la.MatrixExp()).sum()
 
     size = torch.zeros((), dtype=F64, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(size), size)
@@ -228,9 +229,7 @@ def test_attention_with_more_generators(clock, first_hop, mask):
         given["attn_mask"] = allowed = (torch.arange(N) < 5)[None, :]
     elif mask == "causal":
         allowed = allowed.tril()
-    got = la.lie_attention(
-        q, k, v, time=time, first_hop=first_hop, clock=clock, plus=plus, head_weights=weights, **given
-    )
+    got = attention(q, k, v, time=time, first_hop=first_hop, clock=clock, plus=plus, weights=weights, **given)
     chain = (q @ k.mT / 2).masked_fill(~allowed, -torch.inf).softmax(-1)  # width 4
     eye = torch.eye(N, dtype=F64)
     rates = torch.where(allowed & ~eye.bool(), plus.dense(), 0)
@@ -293,12 +292,22 @@ def test_bad_offsets():
         la.DenseGenerator.from_offsets(-torch.ones(3))
 
 
-def test_attention_refuses_what_does_not_fit():
-    q = torch.randn(1, H, N, D)
-    for plus, error in ((torch.zeros(N, N), GeneratorError), (la.DenseGenerator(torch.zeros(2, 2)), ShapeError)):
-        with pytest.raises(error, match="plus: expected"):
-            la.lie_attention(q, q, q, plus=plus)
-    with pytest.raises(ShapeError, match="head_weights: expected"):
-        la.lie_attention(q, q, q, head_weights=torch.ones(2, H))
-    with pytest.raises(ShapeError, match="plus=None, head_weights=None"):
+@pytest.mark.filterwarnings("default")
+def test_keywords_of_before():
+    q = torch.randn(1, H, N, D, dtype=F64)
+    weights, plus = torch.full((H, H), 0.5, dtype=F64), dense()
+    with pytest.warns(FutureWarning, match="(plus|head_weights) will go"):
+        got = la.lie_attention(q, q, q, plus=plus, head_weights=weights, rate_fn=la.softplus, first_hop=True)
+    torch.testing.assert_close(got, attention(q, q, q, plus=plus, weights=weights, rate_fn=la.softplus, first_hop=True))
+    with pytest.warns(FutureWarning):
+        assert torch.equal(la.lie_attention(q, q, q, plus=None), la.lie_attention(q, q, q))
+    with pytest.raises(ShapeError), pytest.warns(FutureWarning):
         la.lie_attention(q, q[..., :3, :], q[..., :3, :], time=0.0, first_hop=True, plus=dense())
+
+
+def test_a_sum_refuses_what_does_not_fit():
+    q = torch.randn(1, H, N, D)
+    with pytest.raises(TypeError):
+        la.SoftmaxGenerator(q, q) + torch.zeros(N, N)
+    with pytest.raises(ShapeError, match="same tokens"):
+        la.SoftmaxGenerator(q, q) + la.DenseGenerator(torch.zeros(2, 2))

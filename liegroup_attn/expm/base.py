@@ -21,6 +21,22 @@ __all__ = ["HopMethod", "Method", "flatten_batch", "mixture", "per_row", "workin
 class Method(ABC):
     """How E[exp(τQ)]V is computed; its knobs live in the object."""
 
+    drops_hops = False  # whether a generator's dropout acts in each hop; else it acts on what is mixed by
+
+    def choose(
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, longest: float | None = None
+    ) -> Method:
+        """The method for this call: itself, but for one that chooses.
+
+        Args:
+            generator: Q on N tokens.
+            value: (..., N, D).
+            time: as in ``act``.
+            clock: law of τ.
+            longest: the largest mean number of hops, where it is known without a look at any tensor.
+        """
+        return self
+
     @abstractmethod
     def act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False) -> Tensor:
         """E[exp(τQ)] · value, or S · E[exp(τQ)] · value.

@@ -1,27 +1,31 @@
-"""Jumps of a causal softmax chain, block of rows by block of rows: scores formed once, memory linear in N."""
+"""Jumps of a causal chain, block of rows by block of rows: scores formed once, memory linear in N."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.expm.jumps import Plan, Rows, jumped_from, pushes, reverse_block, run_block
+from liegroup_attn.generators.rows import SoftmaxRows
 from liegroup_attn.tensors import pick
 
 __all__ = ["causal_jumps", "extend_jumps"]
 
 
-def causal_jumps(query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, plan: Plan) -> Tensor:
-    """Jumps of the causal chain S = softmax(q kᵀ), rows block by block; scores are formed once for all jumps.
+def causal_jumps(
+    rows: SoftmaxRows, tensors: Sequence[Tensor], onward: Tensor | None, value: Tensor, plan: Plan
+) -> Tensor:
+    """Jumps of a causal chain S, rows block by block; scores are formed once for all jumps.
 
     Inside a block the recursion needs only the block's own triangle, since earlier rows are known for every m. Memory
     is linear in N: a block of rows of S at a time, in forward and backward.
 
     Args:
-        query: (B, N, E), scaled.
-        key: (B, N, E).
+        rows: of S.
+        tensors: that they are made from.
         onward: a, (B, N), ≥ 0; None means 1 (explicit only).
         value: X_0, (B, N, D).
         plan: M, recursion, block size.
@@ -29,40 +33,37 @@ def causal_jumps(query: Tensor, key: Tensor, onward: Tensor | None, value: Tenso
     Returns:
         J_0 … J_{M−1} (explicit) or J_1 … J_M (implicit), side by side: (B, N, M·D).
     """
-    return pick(_CausalJumps, _CausalJumpsForwardAD).apply(query, key, onward, value, plan)
+    return pick(_CausalJumps, _CausalJumpsForwardAD).apply(rows, onward, value, plan, *tensors)
 
 
 def extend_jumps(
-    query: Tensor,
-    key: Tensor,
+    rows: SoftmaxRows,
+    tensors: Sequence[Tensor],
     onward: Tensor | None,
     value: Tensor,
     plan: Plan,
     past: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Jumps of new rows, given the iterates of all rows before them; the plain formula, differentiable.
 
     Args:
-        query: (B, N, E), scaled, of the new rows.
-        key: (B, P + N, E), of all rows.
-        onward: a of the new rows, (B, N), or None.
-        value: X_0 of the new rows, (B, N, D).
+        rows: of S, from the first of the N new tokens on.
+        tensors: that they are made from.
+        onward: a, (B, N), or None.
+        value: (B, N, D).
         plan: M, recursion, block size.
-        past: iterates that earlier rows jumped from, (B, P, M·D); None if there are none.
-        bias: added to the scores, (B, N, P + N); each row has a target that it does not hide.
+        past: iterates of the earlier tokens, (B, P, M·D), as this returned them for those; None for none.
 
     Returns:
-        Jumps of the new rows, (B, N, M·D), and the iterates they were taken from, the same in pieces of rows.
+        Jumps (B, N, M·D), and iterates of the new tokens in pieces of (B, ·, M·D): X_0 … X_{M−1} (explicit) or
+        X_1 … X_M (implicit).
     """
-    known = _Known(past)
-    offset, jumps = known.offset, []
+    known, jumps, first = _Known(past), [], rows.first
     for start, stop in _spans(value.size(-2), plan.block_size):
-        added = None if bias is None else bias[:, start:stop, : offset + stop]
-        rows = _rows(query[:, start:stop], key[:, : offset + stop], added)
+        block = _block(rows, tensors, first + start, first + stop)
         x = value[:, start:stop]
-        seen = known.seen_by(rows.before, x.new_zeros(*x.shape[:-1], plan.jumps * x.size(-1)))
-        found = run_block(rows, seen, _at(onward, start, stop), x, plan)
+        seen = known.seen_by(block.before, x.new_zeros(*x.shape[:-1], plan.jumps * x.size(-1)))
+        found = run_block(block, seen, _at(onward, start, stop), x, plan)
         known.append(found[1])
         jumps.append(found[0])
     return torch.cat(jumps, -2), known.pieces
@@ -93,89 +94,88 @@ class _CausalJumps(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, onward: Tensor | None, value: Tensor, plan: Plan) -> Tensor:
-        return extend_jumps(query, key, onward, value, plan)[0]
+    def forward(rows: SoftmaxRows, onward: Tensor | None, value: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
+        return extend_jumps(rows, tensors, onward, value, plan)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, key, onward, value, ctx.plan = inputs
+        ctx.rows, onward, value, ctx.plan, *tensors = inputs
         # Inputs and output only: what is recomputed from them is differentiable again.
-        ctx.save_for_backward(query, key, onward, value, output)
-        ctx.save_for_forward(query, key, onward, value, output)
+        ctx.save_for_backward(onward, value, output, *tensors)
+        ctx.save_for_forward(onward, value, output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, onward, value, jumps = ctx.saved_tensors
-        plan = ctx.plan
+        onward, value, jumps, *tensors = ctx.saved_tensors
+        rows, plan = ctx.rows, ctx.plan
+        by_leaves = any(ctx.needs_input_grad[6 : 6 + rows.num_leaves])
         spans = _spans(value.size(-2), plan.block_size)
-        wide = jumped_from(value, jumps, onward, plan)
+        iterates = jumped_from(value, jumps, onward, plan)
         # One accumulator a block: slices of one tensor could not be written in place under vmap.
         later: list[Any] = [0.0] * len(spans)  # Σ over later rows of Sᵀh
         d_key: list[Any] = [0.0] * len(spans)
         d_query: list[Tensor] = []
         d_onward: list[Any] = []
         d_value: list[Tensor] = []
+        d_leaves: list[list[Tensor]] = []
         for i, (start, stop) in reversed(list(enumerate(spans))):
-            rows = _rows(query[:, start:stop], key[:, :stop])
+            block = _block(rows, tensors, start, stop)
             a = _at(onward, start, stop)
             h, w, da = reverse_block(
-                rows, later[i], a, wide[:, start:stop], jumps[:, start:stop], grad[:, start:stop], plan
+                block, later[i], a, iterates[:, start:stop], jumps[:, start:stop], grad[:, start:stop], plan
             )
             weight = (h * jumps[:, start:stop]).sum(-1, keepdim=True)  # Σ_j of S ∘ dS
-            d_scores = torch.baddbmm(-weight, h, wide[:, :stop].mT)
-            d_scores *= rows.chain  # softmax backward: S ∘ (dS − Σ S ∘ dS)
+            d_scores = torch.baddbmm(-weight, h, iterates[:, :stop].mT)
+            d_scores *= block.chain  # softmax backward: S ∘ (dS − Σ S ∘ dS)
             own = d_scores.diagonal(start, -2, -1)  # a difference of large numbers after a long time; rows sum to 0
             own.zero_()
-            own.sub_(d_scores.sum(-1))
-            d_query.append(d_scores @ key[:, :stop])
-            for j, part in enumerate((d_scores.mT @ query[:, start:stop]).split(plan.block_size, -2)):
+            rest = d_scores.sum(-1)
+            own.sub_(rest if rows.visible.own else rest * (block.here.diagonal(0, -2, -1) > 0))
+            of_query, of_keys, of_leaves = rows.pull(tensors, start, stop, d_scores, by_leaves)
+            d_query.append(of_query)
+            d_leaves.append(of_leaves)
+            for j, part in enumerate(of_keys.split(plan.block_size, -2)):
                 d_key[j] = d_key[j] + part
             if start:
-                for j, part in enumerate((rows.before.mT @ h).split(plan.block_size, -2)):
+                for j, part in enumerate((block.before.mT @ h).split(plan.block_size, -2)):
                     later[j] = later[j] + part
             d_value.append(w)
             d_onward.append(da)
         return (
-            torch.cat(d_query[::-1], -2),
-            torch.cat(d_key, -2),
+            None,
             None if onward is None else torch.cat(d_onward[::-1], -1),
             torch.cat(d_value[::-1], -2),
             None,
+            torch.cat(d_query[::-1], -2),
+            torch.cat(d_key, -2),
+            *(rows.score.gather(rows.leaves(tensors), d_leaves[::-1]) if by_leaves else [None] * rows.num_leaves),
+            *[None] * (len(tensors) - 2 - rows.num_leaves),
         )
 
 
 class _CausalJumpsForwardAD(_CausalJumps):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        query, key, onward, value, jumps = ctx.saved_tensors
-        plan = ctx.plan
-        d_query, d_key, d_onward, d_value, _ = tangents
-        d_query = torch.zeros_like(query) if d_query is None else d_query
-        d_key = torch.zeros_like(key) if d_key is None else d_key
+        onward, value, jumps, *tensors = ctx.saved_tensors
+        rows, plan = ctx.rows, ctx.plan
+        _, d_onward, d_value, _, *d_tensors = tangents
         d_value = torch.zeros_like(value) if d_value is None else d_value
-        wide = jumped_from(value, jumps, onward, plan)
-        push = pushes(wide, jumps, d_onward, plan.jumps)
+        iterates = jumped_from(value, jumps, onward, plan)
+        push = pushes(iterates, jumps, d_onward, plan.jumps)
         moved, found = _Known(None), []
         for start, stop in _spans(value.size(-2), plan.block_size):
-            rows = _rows(query[:, start:stop], key[:, :stop])
-            d_scores = d_query[:, start:stop] @ key[:, :stop].mT + query[:, start:stop] @ d_key[:, :stop].mT
-            weighted = rows.chain * d_scores
-            d_chain = weighted - rows.chain * weighted.sum(-1, keepdim=True)
-            seen = moved.seen_by(rows.before, d_chain @ wide[:, :stop])
+            block = _block(rows, tensors, start, stop)
+            d_chain = rows.push(tensors, d_tensors, block.chain, start, stop)
+            seen = moved.seen_by(block.before, d_chain @ iterates[:, :stop])
             block_push = None if push is None else [p[:, start:stop] for p in push]
-            tangent, kept = run_block(rows, seen, _at(onward, start, stop), d_value[:, start:stop], plan, block_push)
+            tangent, kept = run_block(block, seen, _at(onward, start, stop), d_value[:, start:stop], plan, block_push)
             moved.append(kept)
             found.append(tangent)
         return torch.cat(found, -2)
 
 
-def _rows(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Rows:
-    """S for the last rows: query (B, b, E), key (B, stop, E) up to and with these rows."""
-    scores = query @ key.mT
-    scores = scores if bias is None else scores + bias
-    b, start = query.size(-2), key.size(-2) - query.size(-2)
-    scores[..., start:] += torch.full((b, b), -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-    chain = scores.softmax(-1)
+def _block(rows: SoftmaxRows, tensors: Sequence[Tensor], start: int, stop: int) -> Rows:
+    chain = rows.chain(tensors, start, stop, stop)
     return Rows(chain, chain[..., :start], chain[..., start:])
 
 

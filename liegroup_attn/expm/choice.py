@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.expm.base import Method, default_tol, hops_for, longest, mean_hops, per_row
+from liegroup_attn.expm.base import Method, default_tol, hops_for, mean_hops, per_row
+from liegroup_attn.expm.base import longest as most_hops
 from liegroup_attn.expm.dense import MatrixExp
 from liegroup_attn.expm.low_rank import LowRank
 from liegroup_attn.expm.polynomial import products
@@ -17,7 +18,7 @@ from liegroup_attn.expm.squaring import ScalingSquaring, squaring_plan
 from liegroup_attn.expm.sweep import CausalSweep
 from liegroup_attn.expm.triangular import TriangularSolve
 from liegroup_attn.expm.uniformization import Uniformization, matrix_first
-from liegroup_attn.generators import DenseGenerator, Generator, LowRankGenerator
+from liegroup_attn.generators import Generator
 
 __all__ = ["Automatic"]
 
@@ -30,7 +31,7 @@ SOLVE_OVER_HOP = 1.0  # multiply-adds of N hops of width D that one of a solve i
 class Automatic(Method):
     """Chooses another method by the generator, the number of hops, the size, the device and the dtype, and lets it act.
 
-    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains without a bias or mask, ``TriangularSolve`` for
+    - Resolvents (exponential, Erlang clock): ``CausalSweep`` for causal softmax chains, ``TriangularSolve`` for
       other causal generators, else one dense solve (``MatrixExp``) where hops would cost more.
     - Fixed clock: ``CausalSweep`` for the same chains, else hops: on a formed P while all matrices of the call fit
       into 256 MiB, over fused attention kernels beyond, with dropout, and for half precision on a GPU. Past 64 hops
@@ -66,31 +67,24 @@ class Automatic(Method):
     ) -> Tensor:
         return self.choose(generator, value, time, clock).act(generator, value, time, clock, first_hop)
 
-    def choose(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock) -> Method:
-        """The method for this call.
-
-        Args:
-            generator: Q on N tokens.
-            value: (..., N, D).
-            time: as in ``act``.
-            clock: law of τ.
-
-        Returns:
-            The method, its knobs set.
-        """
+    def choose(  # noqa: D102
+        self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, longest: float | None = None
+    ) -> Method:
+        if self.longest is None and longest is not None:
+            return Automatic(self.tol, longest, streams=self.streams).choose(generator, value, time, clock)
         sweepable = CausalSweep.takes(generator)
         solvable = clock.resolvents is not None and not per_row(time)
         fixed = isinstance(clock, FixedClock) and not per_row(time)
-        if isinstance(generator, LowRankGenerator):
-            closed = (solvable or fixed) and not generator.is_causal and not generator.has_rate_per_token
+        if generator.factored:
+            closed = (solvable or fixed) and LowRank.takes(generator)
             return LowRank() if closed else Uniformization(**self._hops(clock, value))
         if solvable and generator.is_causal:
             return CausalSweep() if sweepable else TriangularSolve()
         sweepable = sweepable and clock.resolvents is None and not generator.dropout_p
-        hops_at_most = longest(mean_hops(time, generator)) if self.longest is None else self.longest
+        hops_at_most = most_hops(mean_hops(time, generator)) if self.longest is None else self.longest
         tol = default_tol(value.dtype) if self.tol is None else self.tol
         batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2], time.shape[:-1])
-        formed = isinstance(generator, DenseGenerator) or (
+        formed = generator.formed or (
             generator.num_states**2 * batch.numel() <= _MOST_FORMED
             and not generator.dropout_p
             and not (value.is_cuda and value.dtype.itemsize < 4)

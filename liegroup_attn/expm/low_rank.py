@@ -43,6 +43,12 @@ class LowRank(Method):
     Source: docs/mathematics, "Low rank, linear time"; [Moler2003]_ (scaling and squaring).
     """
 
+    @staticmethod
+    def takes(generator: Generator) -> bool:
+        """Whether there is a closed form: of a low rank that is not causal, with one rate a matrix."""
+        low = isinstance(generator, LowRankGenerator) and not generator.has_rate_per_token
+        return low and not generator.is_causal
+
     def act(  # noqa: D102
         self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
     ) -> Tensor:

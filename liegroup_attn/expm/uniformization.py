@@ -55,6 +55,8 @@ class Uniformization(HopMethod):
     Source: [Jensen1953]_, [Moler2003]_.
     """
 
+    drops_hops = True
+
     def __init__(
         self, tol: float | None = None, max_terms: int | None = None, *, formed: bool = False, recompute: bool = False
     ) -> None:

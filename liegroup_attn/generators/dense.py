@@ -9,10 +9,11 @@ from torch import Tensor
 from liegroup_attn.algebra import is_rate_matrix
 from liegroup_attn.checks import check_finite, check_jump_rates, check_shape
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.generators.base import Generator, product
-from liegroup_attn.tensors import at_least_float32, values_visible
+from liegroup_attn.generators.base import Generator
+from liegroup_attn.tensors import at_least_float32, product, values_visible
+from liegroup_attn.visible import Causal, Visible
 
-__all__ = ["DenseGenerator"]
+__all__ = ["DenseGenerator", "restricted"]
 
 
 class DenseGenerator(Generator):
@@ -33,6 +34,8 @@ class DenseGenerator(Generator):
 
     Source: [Norris1997]_, section 2.1.
     """
+
+    formed = True
 
     def __init__(self, generator: Tensor) -> None:
         check_shape("generator", generator, least_rank=2, remedy="give square matrices (..., N, N)")
@@ -172,3 +175,35 @@ class DenseGenerator(Generator):
         exit_rates = -self._matrix.detach().diagonal(dim1=-2, dim2=-1)
         bound = exit_rates.amax(-1, keepdim=True)
         return bound.where(bound > 0, 1)  # any bound will do for Q = 0, but its gradient needs hops
+
+
+def restricted(generator: Generator, visible: Visible) -> Generator:
+    """The generator without the rates that lead to what is hidden: what is added to a masked chain must not leak.
+
+    Args:
+        generator: R on N tokens.
+        visible: who sees whom.
+
+    Returns:
+        It as it is, where nothing of it is hidden; else its rates, formed.
+
+    Example:
+        >>> from liegroup_attn.visible import Causal
+        >>> restricted(DenseGenerator(torch.tensor([[-1.0, 1.0], [1.0, -1.0]])), Causal()).dense()
+        tensor([[ 0.,  0.],
+                [ 1., -1.]])
+    """
+    if generator.is_causal and all(isinstance(part, Causal) for part in visible.parts):
+        return generator
+    n = generator.num_states
+    like = generator.jump_intensities()
+    allowed = visible.rows(0, n, n, visible.tensors, like.device)
+    if allowed is None:
+        return generator
+    eye = torch.eye(n, dtype=like.dtype, device=like.device)
+    rates = generator.inflow(eye.expand(*generator.batch_shape, -1, -1))  # with those of jumps back to their own token
+    if not visible.own:  # a row without a target keeps its value
+        allowed = allowed & allowed.any(-1, keepdim=True)
+    kept = DenseGenerator.from_rates(rates.masked_fill(~allowed, 0))
+    kept.is_causal = visible.is_causal
+    return kept

@@ -46,6 +46,8 @@ class LowRankGenerator(Generator):
     Source: [Katharopoulos2020]_ (S); docs/mathematics, "Low rank, linear time".
     """
 
+    factored = True
+
     def __init__(
         self, left: Tensor, right: Tensor, *, jump_rate: Tensor | float = 1.0, is_causal: bool = False
     ) -> None:

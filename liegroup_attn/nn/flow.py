@@ -13,10 +13,10 @@ from liegroup_attn.clocks import Clock, FixedClock, clock_from
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.expm import Automatic, CausalSweep, MatrixExp, Method
 from liegroup_attn.expm.base import hops_for
-from liegroup_attn.functional import lie_attention
+from liegroup_attn.functional import expm_multiply
 from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.nn.timed import Constant, Timed
-from liegroup_attn.tensors import differentiated, pick, values_visible
+from liegroup_attn.tensors import differentiated, of_heads, pick, values_visible
 
 __all__ = ["LieFlow"]
 
@@ -184,22 +184,20 @@ class LieFlow(Timed):
         rates = None if still else self.jump_rates(value)
 
         def mix(values: Tensor, drop: float) -> Tensor:
-            return lie_attention(
+            generator = SoftmaxGenerator(
                 query,
-                key,
-                values,
-                attn_mask,
-                drop,
-                is_causal,
-                scale,
-                enable_gqa=True,
-                time=0.0 if still else self.flow_time(),
+                of_heads(key, self.num_heads),
                 jump_rates=rates,
-                first_hop=self.first_hop,
-                clock=self.clock,
-                score_bias=score_bias,
-                method=self._method(attn_mask),
-                allow_open_mask=closed or self.allow_open_mask,
+                score=score_bias,
+                visible=attn_mask,
+                is_causal=is_causal,
+                scale=scale,
+                dropout_p=drop,
+                allow_open_mask=closed or still or self.allow_open_mask,
+            )
+            flow: dict[str, Any] = {"clock": self.clock, "first_hop": self.first_hop, "method": self._method(attn_mask)}
+            return expm_multiply(
+                generator, of_heads(values, self.num_heads), 0.0 if still else self.flow_time(), **flow
             )
 
         if not need_weights:
@@ -229,10 +227,10 @@ class LieFlow(Timed):
             query,
             key.repeat_interleave(self.num_heads // key.size(1), 1),
             jump_rates=self.jump_rates(value),
-            attn_mask=attn_mask,
+            visible=attn_mask,
             is_causal=is_causal,
             scale=scale,
-            score_bias=score_bias,
+            score=score_bias,
             allow_open_mask=True,
         )
 
@@ -264,19 +262,19 @@ class LieFlow(Timed):
         Returns:
             (B, H, N, D), and what to keep of the new tokens, (B, H, N, ``kept_width``).
         """
-        group = self.num_heads // value.size(1)
-        return CausalSweep(max_terms=self._terms()).extend(
+        generator = SoftmaxGenerator(
             query,
-            key.repeat_interleave(group, 1),
-            value.repeat_interleave(group, 1),
-            past,
+            of_heads(key, self.num_heads),
             jump_rates=self.jump_rates(value),
-            time=self.flow_time(),
-            clock=self.clock,
-            first_hop=self.first_hop,
-            attn_mask=attn_mask,
+            visible=attn_mask,
+            is_causal=True,
             scale=scale,
+            past=past.size(-2),
+            allow_open_mask=True,
         )
+        sweep = CausalSweep(max_terms=self._terms())
+        values = of_heads(value, self.num_heads)
+        return sweep.extend(generator, values, past, self.flow_time(), self.clock, self.first_hop)
 
     def _terms(self) -> int:
         """K by the longest time and ``tol``, once and for all: no wait for a GPU, and caches stay valid."""

@@ -14,9 +14,9 @@ from liegroup_attn.clocks import Clock, FixedClock
 from liegroup_attn.errors import CacheError, GeneratorError, MaskError
 from liegroup_attn.expm import Automatic, CausalSweep, HopMethod, Method
 from liegroup_attn.expm.base import hops_for
-from liegroup_attn.functional import expm_multiply, lie_attention
-from liegroup_attn.generators import DenseGenerator, Generator, SoftmaxGenerator
-from liegroup_attn.generators.joined import joined_generator, masked_as
+from liegroup_attn.functional import expm_multiply
+from liegroup_attn.generators import DenseGenerator, Generator, HeadMixture, SoftmaxGenerator
+from liegroup_attn.generators.dense import restricted
 from liegroup_attn.manifolds import OpenInterval, PositiveVectors, StochasticMatrices, hold
 from liegroup_attn.masks import taking_part
 from liegroup_attn.nn.attention import SelfAttention
@@ -24,6 +24,7 @@ from liegroup_attn.nn.cache import AttentionCache
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
 from liegroup_attn.nn.timed import Constant, Timed
 from liegroup_attn.positional import BiasEncoding
+from liegroup_attn.tensors import of_heads
 
 __all__ = ["LieAttention", "scale_time"]
 
@@ -195,9 +196,7 @@ class LieAttention(Timed, SelfAttention):
         if self.rate_fn is not None:
             raise GeneratorError("rate_fn: expected None for a jump chain, got a rate function; use mixing_matrix")
         query, key, _, attn_mask, bias = self._inputs(x, positions, attn_mask)
-        plus = None if self.ordered else self._added(x.size(-2), bias, attn_mask)
-        scored = bias if self.bias_as == "scores" else None
-        return joined_generator(self._chain(x, query, key, attn_mask, scored), None, self.head_weights, plus)
+        return self._generator(x, query, key, attn_mask, bias)[0]
 
     def _added(self, num_tokens: int, bias: Tensor | None, attn_mask: Tensor | None) -> Generator | None:
         """What is added to the generator of the scores: learned, of positions, both or neither."""
@@ -222,11 +221,12 @@ class LieAttention(Timed, SelfAttention):
     ) -> SoftmaxGenerator:
         return SoftmaxGenerator(
             query,
-            key.repeat_interleave(self.num_heads // key.size(1), 1),
+            of_heads(key, self.num_heads),
             jump_rates=self.jump_rates(x),
-            attn_mask=attn_mask,
+            visible=attn_mask,
             is_causal=self.is_causal,
-            score_bias=bias,
+            score=bias,
+            dropout_p=self.dropout if self.training else 0.0,
             allow_open_mask=self.allow_open_mask,
         )
 
@@ -261,33 +261,27 @@ class LieAttention(Timed, SelfAttention):
         attn_mask: Tensor | None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        plus = self._added(x.size(-2), bias, attn_mask)
-        if plus is not None and self.ordered:
-            if attn_mask is not None:
-                plus = masked_as(self._chain(x, query, key, attn_mask), plus)
-            value = value.repeat_interleave(self.num_heads // value.size(1), 1)
+        generator, plus = self._generator(x, query, key, attn_mask, bias)
+        value = of_heads(value, self.num_heads)
+        if plus is not None:
             how = Automatic(self.tol) if self.method is None else self.method
             value = expm_multiply(plus, value, self.flow_time(), clock=self.clock, method=how)
-            plus = None
-        return lie_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            self.dropout if self.training else 0.0,
-            self.is_causal,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-            time=self.flow_time(),
-            jump_rates=self.jump_rates(x),
-            first_hop=self.first_hop,
-            clock=self.clock,
-            rate_fn=self.rate_fn,
-            score_bias=bias if self.bias_as == "scores" else None,
-            plus=plus,
-            head_weights=self.head_weights,
-            method=self._method(),
-            allow_open_mask=self.allow_open_mask,
-        )
+        flow: dict[str, Any] = {"clock": self.clock, "first_hop": self.first_hop, "method": self._method()}
+        return expm_multiply(generator, value, self.flow_time(), **flow)
+
+    def _generator(
+        self, x: Tensor, query: Tensor, key: Tensor, attn_mask: Tensor | None, bias: Tensor | None
+    ) -> tuple[Generator, Generator | None]:
+        """Q, and what is flowed along before."""
+        chain = self._chain(x, query, key, attn_mask, bias if self.bias_as == "scores" else None)
+        generator: Generator = chain if self.rate_fn is None else chain.with_rates(self.rate_fn)
+        if self.head_weights is not None:
+            generator = HeadMixture(generator, self.head_weights)
+        plus = self._added(x.size(-2), bias, attn_mask)
+        plus = None if plus is None else restricted(plus, chain.visible)
+        if plus is None or self.ordered:
+            return generator, plus
+        return generator + plus, None
 
     @property
     def can_cache(self) -> bool:  # noqa: D102
@@ -315,21 +309,27 @@ class LieAttention(Timed, SelfAttention):
         cache: AttentionCache,
         bias: Tensor | None = None,
     ) -> Tensor:
-        past, group = cache.length, self.num_heads // self.num_kv_heads
+        past = cache.length
         stop = past + key.size(-2)
         cache.keys[:, :, past:stop] = key
         keys = cache.keys[:, :, :stop]
         hops = cache.values.size(-1) // self.head_width - self.first_hop
-        mixed, kept = CausalSweep(max_terms=max(1, hops)).extend(
+        generator = SoftmaxGenerator(
             query,
-            keys.repeat_interleave(group, 1) if group > 1 else keys,
-            value.repeat_interleave(group, 1) if group > 1 else value,
-            cache.values[:, :, :past],
+            of_heads(keys, self.num_heads),
             jump_rates=self.jump_rates(x),
-            time=self.flow_time(),
-            clock=self.clock or FixedClock(),
-            first_hop=self.first_hop,
-            attn_mask=bias,
+            is_causal=True,
+            score=bias,
+            past=past,
+            allow_open_mask=True,
+        )
+        mixed, kept = CausalSweep(max_terms=max(1, hops)).extend(
+            generator,
+            of_heads(value, self.num_heads),
+            cache.values[:, :, :past],
+            self.flow_time(),
+            self.clock or FixedClock(),
+            self.first_hop,
         )
         cache.append(key, kept)
         return mixed

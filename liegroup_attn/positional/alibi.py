@@ -41,7 +41,7 @@ class ALiBi(BiasEncoding):
         first = _geometric(whole)
         return torch.cat([first, _geometric(2 * whole)[::2][: self.num_heads - whole]])
 
-    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:  # noqa: D102
         slopes = self.slopes().to(here).view(-1, 1, 1)
         return -slopes * (here - there).abs()
 

@@ -55,7 +55,7 @@ class CoPE(BiasEncoding):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, {self.head_width}, max_positions={len(self.table)}"
 
-    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:  # noqa: D102
         raise NotImplementedError("between: expected tokens beside positions; call the encoding with queries and keys")
 
     def of_tokens(self, x: Tensor, query: Tensor, key: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102

@@ -56,17 +56,20 @@ class FIRE(BiasEncoding):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, hidden={self.hidden}"
 
-    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+    def leaves(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.scale, self.threshold, self.inner.weight, self.inner.bias, self.outer.weight
+
+    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:  # noqa: D102
         here, there = (at.squeeze(-3) if at.dim() > 2 else at for at in (here, there))  # heads are f's outputs
         rows = here.size(-2)
         if not torch.is_grad_enabled():
             rows = max(1, _MOST_HIDDEN // max(1, there.size(-1) * self.hidden))
-        return torch.cat([self._rows(part, there) for part in here.split(max(1, rows), -2)], -2)
+        wide = [leaf.to(here.dtype) for leaf in leaves or self.leaves()]
+        return torch.cat([_rows(part, there, *wide) for part in here.split(max(1, rows), -2)], -2)
 
-    def _rows(self, here: Tensor, there: Tensor) -> Tensor:
-        c, least = (parameter.to(here.dtype) for parameter in (self.scale, self.threshold))
-        distance = (here - there).clamp_min(0)  # what lies ahead is hidden by the causal mask
-        share = (c * distance).log1p() / (c * torch.maximum(here, least)).log1p()
-        hidden = nn.functional.linear(share.unsqueeze(-1), *(p.to(here.dtype) for p in self.inner.parameters())).relu()
-        bias = nn.functional.linear(hidden, self.outer.weight.to(here.dtype))  # (..., N, M, H)
-        return bias.movedim(-1, -3)
+
+def _rows(here: Tensor, there: Tensor, c: Tensor, least: Tensor, inner: Tensor, bias: Tensor, outer: Tensor) -> Tensor:
+    distance = (here - there).clamp_min(0)  # what lies ahead is hidden by the causal mask
+    share = (c * distance).log1p() / (c * torch.maximum(here, least)).log1p()
+    hidden = nn.functional.linear(share.unsqueeze(-1), inner, bias).relu()
+    return nn.functional.linear(hidden, outer).movedim(-1, -3)  # (..., N, M, H)

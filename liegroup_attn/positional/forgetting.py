@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.alibi import ALiBi
 from liegroup_attn.positional.base import BiasEncoding, check_sizes
+from liegroup_attn.scores import Differences, Score
+from liegroup_attn.tensors import at_least_float32, without_autocast
 
 __all__ = ["ForgettingGate"]
 
@@ -52,7 +54,7 @@ class ForgettingGate(BiasEncoding):
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.embed_dim}, {self.num_heads}"
 
-    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:  # noqa: D102
         raise NotImplementedError("between: expected tokens beside positions; call the encoding with x")
 
     def accumulated(self, x: Tensor) -> Tensor:
@@ -75,3 +77,8 @@ class ForgettingGate(BiasEncoding):
     def of_tokens(self, x: Tensor, query: Tensor, key: Tensor, coordinates: Tensor) -> Tensor:  # noqa: D102
         position = self.accumulated(x)
         return (position.unsqueeze(-1) - position.unsqueeze(-2)).tril().to(x.dtype)
+
+    def score(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor | None = None) -> Score:  # noqa: D102
+        self._coordinates(query, positions)
+        with without_autocast(query):
+            return Differences(self.accumulated(at_least_float32(x)))

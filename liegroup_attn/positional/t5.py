@@ -61,8 +61,12 @@ class T5Bias(BiasEncoding):
         bucket = torch.where(distance < exact, distance.long(), far.clamp_max(self.one_way - 1))
         return bucket if self.is_causal else bucket + self.one_way * (difference < 0)
 
-    def between(self, here: Tensor, there: Tensor) -> Tensor:  # noqa: D102
+    def leaves(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self.table,)
+
+    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:  # noqa: D102
+        (table,) = leaves or self.leaves()
         buckets = self.buckets(here - there)
         if buckets.dim() > 2:
             buckets = buckets.squeeze(-3)  # the axis of heads, which the table fills
-        return self.table.to(here.dtype)[buckets].movedim(-1, -3)
+        return table.to(here.dtype)[buckets].movedim(-1, -3)

@@ -1,0 +1,284 @@
+"""What acts on scores before the softmax, block of rows by block of rows: biases, soft caps."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from liegroup_attn.checks import check_finite
+from liegroup_attn.errors import DtypeError, GeneratorError, MaskError
+from liegroup_attn.tensors import fits
+
+__all__ = ["Bias", "Differences", "PairBias", "Score", "SoftCap", "TensorBias", "check_bias", "read_score"]
+
+
+class Score(ABC):
+    """What acts on a block of scores, and the tensors that it may be differentiated by.
+
+    A sweep calls it on rows start … start + b and the columns it needs, forward and again in the backward; so it holds no
+    tensor but ``leaves``, which come by argument: autograd, vmap and forward mode see them there. ``a | b`` acts by a,
+    then by b.
+    """
+
+    leaves: tuple[Tensor, ...] = ()
+    adds = False  # whether it adds what does not depend on the scores
+
+    @abstractmethod
+    def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:
+        """The scores as the softmax takes them.
+
+        Args:
+            scores: (..., b, M), rows from ``start`` and columns from 0.
+            start: the first row.
+            leaves: those of ``at``.
+
+        Returns:
+            The shape and dtype of ``scores``.
+        """
+
+    def at(self, leaves: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        """What rows start … stop need of the leaves."""
+        return leaves
+
+    def gather(self, leaves: Sequence[Tensor], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Gradients by the leaves from those by what blocks needed of them, block after block."""
+        return [_sum(parts) for parts in zip(*pieces, strict=True)]
+
+    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients by the scores and by the leaves of a block."""
+        found: tuple[Tensor, ...] = torch.func.vjp(lambda s, *t: self.act(s, start, t), scores, *leaves)[1](grad)
+        return found
+
+    def push(
+        self, scores: Tensor, start: int, leaves: Sequence[Tensor], d_scores: Tensor, d_leaves: Sequence[Tensor]
+    ) -> Tensor:
+        """The tangent of a block."""
+        # Twice in reverse: forward mode does not nest in itself.
+        back = torch.func.vjp(lambda g: self.pull(scores, start, leaves, g), torch.zeros_like(scores))[1]
+        found: Tensor = back((d_scores, *d_leaves))[0]
+        return found
+
+    def formed(self, rows: int, columns: int) -> Tensor:
+        """What it adds, broadcastable to (..., rows, columns); of scores that ``adds``."""
+        raise NotImplementedError
+
+    def __or__(self, other: Score) -> Score:
+        return _Then(self, other) if isinstance(other, Score) else NotImplemented
+
+
+class Bias(Score):
+    """A number per pair of tokens, added to the scores."""
+
+    adds = True
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:
+        """The bias of rows start … stop, broadcastable to (..., stop − start, columns)."""
+
+    def formed(self, rows: int, columns: int) -> Tensor:  # noqa: D102
+        return self.rows(0, rows, columns, self.leaves)
+
+    def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        bias = self.rows(start, start + scores.size(-2), scores.size(-1), leaves)
+        return scores + bias.to(scores.dtype)
+
+    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        b, columns = scores.shape[-2:]
+
+        def bias(*given: Tensor) -> Tensor:
+            return self.rows(start, start + b, columns, given).to(scores.dtype).expand(scores.shape)
+
+        return (grad, *torch.func.vjp(bias, *leaves)[1](grad)) if leaves else (grad,)
+
+
+class TensorBias(Bias):
+    """A bias that is formed, (..., N or 1, M or 1).
+
+    Args:
+        bias: floating point.
+        first: the token that its first row is of.
+    """
+
+    def __init__(self, bias: Tensor, first: int = 0) -> None:
+        self.first = first
+        self.leaves = (bias,)
+
+    def at(self, leaves: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:  # noqa: D102
+        (bias,) = leaves
+        if bias.size(-2) == 1:
+            return [bias]
+        return [bias[..., start - self.first : stop - self.first, :]]
+
+    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return leaves[0][..., :columns]
+
+    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        (bias,) = leaves
+        seen = grad.sum_to_size(bias[..., : grad.size(-1)].shape).to(bias.dtype)
+        return grad, torch.nn.functional.pad(seen, (0, bias.size(-1) - seen.size(-1)))
+
+    def gather(self, leaves: Sequence[Tensor], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:  # noqa: D102
+        parts = [piece for (piece,) in pieces]
+        return [_sum(parts) if leaves[0].size(-2) == 1 else torch.cat(parts, -2)]
+
+
+class PairBias(Bias):
+    """A function of two positions, computed where it is needed.
+
+    Args:
+        between: (here (..., b, 1), there (..., 1, M), *parameters) → (..., H, b, M).
+        coordinates: of the tokens, (..., N, 1).
+        parameters: of the function.
+    """
+
+    def __init__(self, between: Callable[..., Tensor], coordinates: Tensor, parameters: Sequence[Tensor]) -> None:
+        self.between = between
+        self.leaves = (coordinates, *parameters)
+
+    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        coordinates, *parameters = leaves
+        return self.between(coordinates[..., start:stop, :], coordinates[..., :columns, :].mT, *parameters)
+
+
+class Differences(Bias):
+    """u_i − u_j of one number a token, subtracted in its own dtype; 0 for later tokens, which would only overflow.
+
+    Args:
+        u: (..., N).
+    """
+
+    def __init__(self, u: Tensor) -> None:
+        self.leaves = (u,)
+
+    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        (u,) = leaves
+        return (u[..., start:stop, None] - u[..., None, :columns]).tril(start)
+
+    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        (u,) = leaves
+        below, n = grad.tril(start), u.size(-1)
+        d_here = torch.nn.functional.pad(below.sum(-1), (start, n - start - grad.size(-2)))
+        d_there = torch.nn.functional.pad(below.sum(-2), (0, n - grad.size(-1)))
+        return grad, (d_here - d_there).sum_to_size(u.shape).to(u.dtype)
+
+
+class SoftCap(Score):
+    """cap · tanh(score / cap): no score is larger than the cap.
+
+    Args:
+        cap: > 0.
+
+    Raises:
+        GeneratorError: not positive and finite.
+
+    Example:
+        >>> SoftCap(2.0).act(torch.tensor([[0.0, 100.0]]), 0, ())
+        tensor([[0., 2.]])
+    """
+
+    def __init__(self, cap: float) -> None:
+        if not 0 < cap < math.inf:
+            raise GeneratorError(f"cap: expected a positive number, got {cap}; None of it leaves scores as they are")
+        self.cap = cap
+
+    def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return self.cap * (scores / self.cap).tanh()
+
+
+class _Then(Score):
+    def __init__(self, *parts: Score) -> None:
+        self.parts: tuple[Score, ...] = tuple(
+            q for part in parts for q in (part.parts if isinstance(part, _Then) else (part,))
+        )
+        self.leaves = tuple(leaf for part in self.parts for leaf in part.leaves)
+        self.adds = all(part.adds for part in self.parts)
+
+    def _split(self, leaves: Sequence[Tensor]) -> list[tuple[Score, Sequence[Tensor]]]:
+        ends = [0]
+        for part in self.parts:
+            ends.append(ends[-1] + len(part.leaves))
+        return [(part, leaves[i:j]) for part, (i, j) in zip(self.parts, pairwise(ends), strict=True)]
+
+    def at(self, leaves: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
+        return [leaf for part, own in self._split(leaves) for leaf in part.at(own, start, stop)]
+
+    def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:
+        for part, own in self._split(leaves):
+            scores = part.act(scores, start, own)
+        return scores
+
+    def formed(self, rows: int, columns: int) -> Tensor:
+        return _sum([part.formed(rows, columns) for part in self.parts])
+
+    def gather(self, leaves: Sequence[Tensor], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        split = [self._split(piece) for piece in pieces]
+        found: list[Tensor] = []
+        for i, (part, own) in enumerate(self._split(leaves)):
+            found += part.gather(own, [blocks[i][1] for blocks in split])
+        return found
+
+    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        steps = self._split(leaves)
+        found: list[Tensor] = []
+        before = [scores]
+        for part, own in steps[:-1]:
+            before.append(scores if self.adds else part.act(before[-1], start, own))  # what only adds looks at shapes
+        for (part, own), x in zip(reversed(steps), reversed(before), strict=True):
+            grad, *d_own = part.pull(x, start, own, grad)
+            found = [*d_own, *found]
+        return (grad, *found)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def read_score(score: Score | Tensor | None, scores_shape: torch.Size, first: int = 0) -> Score | None:
+    """A score, or a tensor that is added; checked as ``check_bias`` does.
+
+    Raises:
+        DtypeError: neither.
+    """
+    if score is None or isinstance(score, Score):
+        return score
+    if isinstance(score, Tensor):
+        return TensorBias(check_bias(score, scores_shape), first)
+    raise DtypeError(
+        f"score: expected a Score such as SoftCap(50.0), or a floating-point tensor to be added, got {type(score).__name__}; of "
+        "a bias encoding take encoding.score(x, query, key)"
+    )
+
+
+def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
+    """Check what is added to the scores.
+
+    Args:
+        score_bias: finite numbers, broadcastable to (..., N, M).
+        scores_shape: (..., N, M).
+
+    Returns:
+        It.
+
+    Raises:
+        DtypeError: not a floating-point tensor.
+        MaskError: another shape.
+        GeneratorError: NaN or inf (looked at on CPU); a mask hides, a bias does not.
+    """
+    if not isinstance(score_bias, Tensor) or not score_bias.is_floating_point():
+        got = score_bias.dtype if isinstance(score_bias, Tensor) else type(score_bias).__name__
+        raise DtypeError(f"score: expected a floating-point tensor, got {got}; what hides tokens is attn_mask")
+    if score_bias.dim() < 2 or not fits(score_bias.shape, scores_shape):
+        raise MaskError(
+            f"score: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, got "
+            f"{tuple(score_bias.shape)}; one number per query and key"
+        )
+    check_finite("score", score_bias)
+    return score_bias
