@@ -3,52 +3,17 @@
 The only door to geoopt but the optimizer; what geoopt already has is named here, not rewritten.
 """
 
-from geoopt import (
-    BirkhoffPolytope,
-    Euclidean,
-    ManifoldParameter,
-    ManifoldTensor,
-    ProductManifold,
-    Sphere,
-    Stiefel,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from liegroup_attn.manifolds.balanced import DoublyBalancedRateMatrices
-from liegroup_attn.manifolds.checks import off_manifold
-from liegroup_attn.manifolds.flat import FlatManifold
-from liegroup_attn.manifolds.flat_rates import FlatRateMatrices
-from liegroup_attn.manifolds.interval import OpenInterval
-from liegroup_attn.manifolds.parameter import declared, hold, restore
-from liegroup_attn.manifolds.positive import PositiveVectors
-from liegroup_attn.manifolds.rate_matrices import RateMatrices
-from liegroup_attn.manifolds.reversible import ReversibleRateMatrices
-from liegroup_attn.manifolds.rotations import SpecialOrthogonal, skew
-from liegroup_attn.manifolds.stochastic import StochasticMatrices
-from liegroup_attn.manifolds.support import banded_support, block_support, causal_support
+if TYPE_CHECKING:
+    from liegroup_attn.manifolds.every import *  # noqa: F403
+else:  # a type checker would take it for every name
 
-__all__ = [
-    "BirkhoffPolytope",
-    "DoublyBalancedRateMatrices",
-    "Euclidean",
-    "FlatManifold",
-    "FlatRateMatrices",
-    "ManifoldParameter",
-    "ManifoldTensor",
-    "OpenInterval",
-    "PositiveVectors",
-    "ProductManifold",
-    "RateMatrices",
-    "ReversibleRateMatrices",
-    "SpecialOrthogonal",
-    "Sphere",
-    "Stiefel",
-    "StochasticMatrices",
-    "banded_support",
-    "block_support",
-    "causal_support",
-    "declared",
-    "hold",
-    "off_manifold",
-    "restore",
-    "skew",
-]
+    def __getattr__(name: str) -> Any:
+        # On first use: geoopt brings SciPy, which takes most of a second, and most layers have nothing on a manifold.
+        return getattr(importlib.import_module(f"{__name__}.every"), name)
+
+
+def __dir__() -> list[str]:
+    return [*importlib.import_module(f"{__name__}.every").__all__]

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from liegroup_attn import manifolds
 from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
 from liegroup_attn.generators import DenseGenerator, Generator, SumGenerator
-from liegroup_attn.manifolds import PositiveVectors, RateMatrices, causal_support, hold
 from liegroup_attn.resettable import Resettable
 
 __all__ = ["LearnedGenerator", "LearnedSum", "RateMatrix", "RelativeRates"]
@@ -112,10 +112,10 @@ class RelativeRates(LearnedGenerator):
         self.max_distance = max_distance
         start = torch.arange(1, max_distance + 1, dtype=torch.float32) ** -2.0
         start = start / start.sum() * (rate if is_causal else rate / 2)
-        hold(self, "past", start.repeat(num_heads, 1), PositiveVectors())
+        manifolds.hold(self, "past", start.repeat(num_heads, 1), manifolds.PositiveVectors())
         if not is_causal:
-            hold(self, "future", start.repeat(num_heads, 1), PositiveVectors())
-        hold(self, "tail", torch.ones(num_heads, 1), PositiveVectors())
+            manifolds.hold(self, "future", start.repeat(num_heads, 1), manifolds.PositiveVectors())
+        manifolds.hold(self, "tail", torch.ones(num_heads, 1), manifolds.PositiveVectors())
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, max_distance={self.max_distance}, is_causal={self.is_causal}"
@@ -167,7 +167,7 @@ class RateMatrix(LearnedGenerator):
         num_heads: int,
         num_tokens: int,
         *,
-        manifold: RateMatrices | None = None,
+        manifold: manifolds.RateMatrices | None = None,
         is_causal: bool = False,
         rate: float = 1.0,
         allow_open_support: bool = False,
@@ -178,12 +178,12 @@ class RateMatrix(LearnedGenerator):
         if not 0 < rate < float("inf"):
             raise GeneratorError(f"rate: expected a positive number, got {rate}; a rate of 0 has no gradient here")
         if manifold is None:
-            manifold = RateMatrices(num_tokens, causal_support(num_tokens) if is_causal else None)
+            manifold = manifolds.RateMatrices(num_tokens, manifolds.causal_support(num_tokens) if is_causal else None)
         _check_support(manifold, num_tokens, is_causal, allow_open_support)
         self.num_tokens = num_tokens
         # Draws no random numbers, so softmax attention under the same seed starts identical.
         start = rate / max(1, num_tokens - 1) * torch.linspace(-0.2, 0.2, num_heads).exp().view(-1, 1, 1)
-        hold(self, "matrix", manifold.projx(start.expand(-1, num_tokens, num_tokens)), manifold)
+        manifolds.hold(self, "matrix", manifold.projx(start.expand(-1, num_tokens, num_tokens)), manifold)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.num_heads}, num_tokens={self.num_tokens}, is_causal={self.is_causal}"
@@ -206,8 +206,10 @@ def generator_of(matrix: Tensor) -> DenseGenerator:
     return DenseGenerator.from_rates(matrix.masked_fill(eye, 0))
 
 
-def _check_support(manifold: RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool) -> None:
-    if not isinstance(manifold, RateMatrices) or manifold.n != num_tokens:
+def _check_support(
+    manifold: manifolds.RateMatrices, num_tokens: int, is_causal: bool, allow_open_support: bool
+) -> None:
+    if not isinstance(manifold, manifolds.RateMatrices) or manifold.n != num_tokens:
         raise ShapeError(
             f"manifold: expected one of rate matrices on {num_tokens} states, got {manifold}; give e.g. RateMatrices({num_tokens})"
         )

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from liegroup_attn import manifolds
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.manifolds import PositiveVectors, RateMatrices, Stiefel, hold
 from liegroup_attn.resettable import Resettable
 
 __all__ = ["BilinearScores", "RateScores", "SkewScores", "SpectralScores", "SymmetricScores"]
@@ -58,7 +58,7 @@ class BilinearScores(Resettable, ABC):
     def _frame(self, name: str) -> None:
         """An orthonormal frame of D columns per head, (H, C, D), drawn at random."""
         start = torch.linalg.qr(torch.randn(self.num_heads, self.embed_dim, self.head_width)).Q
-        hold(self, name, start, Stiefel())
+        manifolds.hold(self, name, start, manifolds.Stiefel())
 
 
 def _in_frame(x: Tensor, frame: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class SpectralScores(BilinearScores):
         super().__init__(embed_dim, num_heads)
         self._frame("left")
         self._frame("right")
-        hold(self, "spectrum", torch.full((num_heads, self.head_width), _SIZE), PositiveVectors())
+        manifolds.hold(self, "spectrum", torch.full((num_heads, self.head_width), _SIZE), manifolds.PositiveVectors())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         scale = self.spectrum.sqrt().unsqueeze(-2).to(x.dtype)  # (H, 1, D)
@@ -144,7 +144,7 @@ class RateScores(BilinearScores):
         width = self.head_width
         rates = _SIZE / width * torch.randn(num_heads, width, width).exp()
         rates = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
-        hold(self, "rates", rates - torch.diag_embed(rates.sum(-1)), RateMatrices(width))
+        manifolds.hold(self, "rates", rates - torch.diag_embed(rates.sum(-1)), manifolds.RateMatrices(width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         key = _in_frame(x, self.frame)

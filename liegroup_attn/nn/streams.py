@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from liegroup_attn import manifolds
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.functional import transition_matrix
-from liegroup_attn.manifolds import DoublyBalancedRateMatrices, hold
 from liegroup_attn.nn.learned import generator_of
 from liegroup_attn.resettable import Resettable
 from liegroup_attn.tensors import without_autocast
@@ -60,9 +60,9 @@ class ResidualStreams(Residual):
         if num_streams < 2:
             raise ShapeError(f"num_streams: expected at least 2, got {num_streams}; one stream is Residual()")
         self.num_streams = num_streams
-        manifold = DoublyBalancedRateMatrices(num_streams)
+        manifold = manifolds.DoublyBalancedRateMatrices(num_streams)
         equal = torch.full((num_streams, num_streams), rate / (num_streams - 1))
-        hold(self, "generator", manifold.projx(equal), manifold)
+        manifolds.hold(self, "generator", manifold.projx(equal), manifold)
         # Layers that read alike would have alike gradients for ever.
         self.reading = nn.Parameter(torch.eye(num_streams)[reads % num_streams])
         self.writing = nn.Parameter(torch.ones(num_streams))

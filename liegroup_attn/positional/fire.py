@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.manifolds import PositiveVectors, hold
+from liegroup_attn import manifolds
 from liegroup_attn.positional.base import BiasEncoding, check_sizes
 
 __all__ = ["FIRE"]
@@ -48,8 +48,8 @@ class FIRE(BiasEncoding):
             if not 0 < number < float("inf"):
                 raise ValueError(f"{name}: expected a positive number, got {number}; the paper has 0.1 and 512")
         self.hidden = hidden
-        hold(self, "scale", torch.tensor([float(scale)]), PositiveVectors())
-        hold(self, "threshold", torch.tensor([float(threshold)]), PositiveVectors())
+        manifolds.hold(self, "scale", torch.tensor([float(scale)]), manifolds.PositiveVectors())
+        manifolds.hold(self, "threshold", torch.tensor([float(threshold)]), manifolds.PositiveVectors())
         self.inner = nn.Linear(1, hidden)
         self.outer = nn.Linear(hidden, num_heads, bias=False)  # a constant per head would change nothing
 

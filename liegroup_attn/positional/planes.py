@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from liegroup_attn import manifolds
 from liegroup_attn.checks import check_shape
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.manifolds import Stiefel, hold
 from liegroup_attn.positional.base import along_axes, check_sizes
 from liegroup_attn.positional.heads import HeadRotation, nearest_orthonormal, start_frequencies
 from liegroup_attn.positional.pairs import turn_pairs
@@ -62,7 +62,8 @@ class PlaneRotary(HeadRotation):
             )
         self.num_planes = num_planes
         self.frequencies = nn.Parameter(start_frequencies(num_heads, num_planes, axes, base))  # (H, K, P)
-        hold(self, "frame", torch.linalg.qr(torch.randn(num_heads, head_width, 2 * num_planes)).Q, Stiefel())
+        start = torch.linalg.qr(torch.randn(num_heads, head_width, 2 * num_planes)).Q
+        manifolds.hold(self, "frame", start, manifolds.Stiefel())
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, num_planes={self.num_planes}"
