@@ -34,7 +34,6 @@ from experiments.benchmarks.positions import (
     why_no_rival,
 )
 from liegroup_attn.manifolds import RateMatrices, hold
-from liegroup_attn.nn import AttentionRecipe
 
 __all__ = ["PARTS", "Cell", "Options"]
 
@@ -116,7 +115,7 @@ def small(options: Options) -> Iterator[Cell]:
                 yield Cell(f"small, N = {tokens}, d = {width}, θ = {time:g}", facts, kept, run, skipped)
 
 
-DECODERS: dict[str, AttentionRecipe] = {
+DECODERS: dict[str, dict[str, Any]] = {
     "softmax": {"module": "SoftmaxAttention"},
     "first hop + exponential clock": {
         "module": "LieAttention",

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liegroup_attn.lightning.modules import Trained
-from liegroup_attn.nn import AttentionRecipe, Transformer
 
 __all__ = ["IGNORED", "MASK", "PositionModel", "hidden_at", "mask_tokens"]
 
@@ -56,33 +55,26 @@ class PositionModel(Trained):
         depth: number of blocks.
         num_heads: H.
         seed: of what the encoder's training hides.
-        learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: 0, so that nothing but the loss shapes the table of positions.
-        warmup_steps: of the linear rise.
-        manifold_learning_rate: of learned times.
-        momentum: None trains with Adam.
+        **options: those of ``Trained``.
     """
 
     def __init__(
         self,
-        attention: AttentionRecipe,
+        attention: dict[str, Any],
         encoding: dict[str, Any] | None,
         is_causal: bool,
         width: int = 64,
         depth: int = 2,
         num_heads: int = 2,
         seed: int = 0,
-        learning_rate: float = 3e-3,
         weight_decay: float = 0.0,
-        warmup_steps: int = 50,
-        manifold_learning_rate: float | None = None,
-        momentum: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(encoding=encoding, weight_decay=weight_decay, **options)
         self.is_causal, self.seed = is_causal, seed
         self.embedding = nn.Embedding(MASK + 1, width)
-        self.transformer = Transformer(width, depth, num_heads, attention, is_causal=is_causal, encoding=encoding)
+        self.transformer = self.new_transformer(width, depth, num_heads, attention, is_causal=is_causal)
         self.head = nn.Linear(width, MASK, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ ENCODINGS = {
     "fire": Choice("FIRE", {"module": "FIRE"}),
     "forgetting_gate": Choice("forgetting gate", {"module": "ForgettingGate"}),
     "cope": Choice("CoPE", {"module": "CoPE"}),
-    "relative_rates": Choice("relative rates", None, {"plus": "RelativeRates", "max_distance": 64}),
+    "relative_rates": Choice("relative rates", None, {"plus": {"module": "RelativeRates", "max_distance": 64}}),
     "alibi_rates": Choice("ALiBi as rates", {"module": "ALiBi"}, {"bias_as": "rates"}),
 }
 # of images: positions on two axes, or in reading order

@@ -272,7 +272,7 @@ def _vocabulary(setting: dict[str, Any]) -> int:
 def _language_model(
     setting: dict[str, Any], attention: dict[str, Any], encoding: dict[str, Any] | None
 ) -> L.LightningModule:
-    return LanguageModel(attention, vocab_size=_vocabulary(setting), encoding=encoding, **setting["model"])  # type: ignore[arg-type]
+    return LanguageModel(attention, vocab_size=_vocabulary(setting), encoding=encoding, **setting["model"])
 
 
 # digits
@@ -293,7 +293,7 @@ def _classifier(
 ) -> L.LightningModule:
     (patches,) = setting["lengths"]
     sizes = {"num_patches": patches, "patch_values": setting["patch_size"] ** 2}
-    return ImageClassifier(attention, places=False, encoding=encoding, **sizes, **setting["model"])  # type: ignore[arg-type]
+    return ImageClassifier(attention, places=False, encoding=encoding, **sizes, **setting["model"])
 
 
 # what is measured

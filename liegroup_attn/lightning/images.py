@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.modules import Trained
 from liegroup_attn.metrics import MulticlassAccuracy
-from liegroup_attn.nn import AttentionRecipe, Transformer
 from liegroup_attn.positional import grid_positions
 
 __all__ = ["ImageClassifier"]
@@ -21,24 +20,18 @@ class ImageClassifier(Trained):
     """A Transformer on the patches of an image, whose mean over patches is classified.
 
     Args:
-        attention: recipe, e.g. ``{"module": "LieMixer", "generator": "RateMatrix", "num_tokens": 16}``.
+        attention: recipe, e.g. ``{"module": "LieMixer", "generator": {"module": "RateMatrix", "num_tokens": 16}}``.
         num_patches: N, a square grid where ``encoding`` has two axes.
         patch_values: F, numbers of a patch.
         num_classes: of an image.
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
-        streams: residual streams, see ``nn.ResidualStreams``.
         mlp_ratio: hidden width of the feed-forward layer over C.
-        dropout: on attention entries and residual branches, in training.
         places: every place has a learned embedding; null (default): if there is no ``encoding``.
         encoding: recipe of the positions of patches: on two axes (``AxialRotary``, ``MixedRotary``, or with ``axes: 2``) their
             rows and columns, else their places in reading order; null (default) for none beside the embeddings.
-        learning_rate: after warm-up; falls along a cosine to a tenth.
-        weight_decay: decoupled, on matrices only.
-        warmup_steps: of the linear rise.
-        manifold_learning_rate: of parameters on a manifold; null is ``learning_rate``.
-        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
+        **options: those of ``Trained``.
 
     Batches are ``{"tokens": (B, N, F), "labels": (B,)}``. Logs ``train/loss``; loss and accuracy for validation and test.
 
@@ -53,40 +46,25 @@ class ImageClassifier(Trained):
 
     def __init__(
         self,
-        attention: AttentionRecipe,
+        attention: dict[str, Any],
         num_patches: int = 16,
         patch_values: int = 4,
         num_classes: int = 10,
         width: int = 64,
         depth: int = 2,
         num_heads: int = 4,
-        streams: int = 1,
+        *,
         mlp_ratio: float = 2.0,
-        dropout: float = 0.0,
         places: bool | None = None,
         encoding: dict[str, Any] | None = None,
-        learning_rate: float = 3e-3,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 50,
-        manifold_learning_rate: float | None = None,
-        momentum: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(mlp_ratio=mlp_ratio, encoding=encoding, **options)
         self.embedding = nn.Linear(patch_values, width)
         self.num_patches = num_patches
         places = encoding is None if places is None else places
         self.places = nn.Embedding(num_patches, width) if places else None
-        self.transformer = Transformer(
-            width,
-            depth,
-            num_heads,
-            attention,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            encoding=encoding,
-            streams=streams,
-        )
+        self.transformer = self.new_transformer(width, depth, num_heads, attention)
         self._grid()  # checks
         self.head = nn.Linear(width, num_classes)
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")

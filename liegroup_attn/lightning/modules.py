@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn import positional
+from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.files import CheckedLoading
 from liegroup_attn.lightning.optim import RiemannianSGD
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
-from liegroup_attn.nn import AttentionRecipe, Transformer
-from liegroup_attn.nn.recipe import ROPE
+from liegroup_attn.nn import SelfAttention, Transformer
+from liegroup_attn.nn.recipe import ROPE, defaults_of, in_parts, with_defaults
+from liegroup_attn.positional import PositionalEncoding
 
 __all__ = ["TEST_SETS", "LanguageModel", "TokenClassifier", "Trained"]
 
 TEST_SETS = ("test", "deeper")
+_OLD = {"rotary_layout", "rotary_base"}  # hyperparameters of checkpoints written before encodings had recipes
 
 
 class Trained(CheckedLoading):
-    """What all share: one optimizer, one schedule, and hyperparameters that are plain values."""
+    """What all share: a Transformer, one optimizer, one schedule, and hyperparameters that are plain values.
+
+    Args:
+        learning_rate: after warm-up; falls along a cosine to a tenth.
+        weight_decay: decoupled, on matrices only.
+        warmup_steps: of the linear rise.
+        manifold_learning_rate: of parameters on a manifold, such as learned times; null is ``learning_rate``.
+        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
+        **transformer: those of ``nn.Transformer``.
+    """
 
     hparams: Any
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 50,
+        manifold_learning_rate: float | None = None,
+        momentum: float | None = None,
+        **transformer: Any,
+    ) -> None:
+        super().__init__()
+        defaults = defaults_of(Transformer)  # saved as well: a checkpoint keeps its model when one of them changes
+        self.save_hyperparameters({key: defaults[key] for key in defaults if key not in ("attention", "is_causal")})
+        self.save_hyperparameters(ignore=list(_OLD))  # with the arguments of subclasses
+        for key in _OLD & transformer.keys():
+            del transformer[key]
+        self._of_transformer = transformer
+
+    def new_transformer(
+        self, width: int, depth: int, num_heads: int, attention: dict[str, Any], *, is_causal: bool = False
+    ) -> Transformer:
+        """A Transformer with these sizes, and all else as the constructor was told."""
+        return Transformer(width, depth, num_heads, attention, is_causal=is_causal, **self._of_transformer)
 
     def configure_optimizers(self) -> Any:
         h = self.hparams
@@ -65,25 +100,28 @@ class Trained(CheckedLoading):
         return dict(self.hparams.attention) | {name: self.hparams[name] for name in more}
 
 
-def _law(recipe: Any) -> tuple[Any, ...]:
+def _law(variant: Any) -> tuple[Any, ...]:
     """What a recipe computes that the names of its parameters do not tell."""
-    hop, clock = bool(recipe.get("first_hop")), (recipe.get("clock") or "FixedClock", recipe.get("clock_shape"))
-    max_time = recipe.get("max_time") or 2 * (recipe.get("time") or 1.0)
-    positions = recipe["num_heads"], _positions(recipe), recipe.get("bias_as") or "scores"
-    learned = bool(recipe.get("ordered")), recipe.get("manifold") or "RateMatrices", recipe.get("scores")
-    return recipe["module"], hop, clock, recipe.get("rate_fn"), max_time, *learned, *positions
+    full = with_defaults("attention", in_parts(variant), SelfAttention)
+    part = full.get("plus") or full.get("generator") or {}
+    manifold = part.get("manifold") if isinstance(part, Mapping) else None
+    names = [
+        one["module"] if isinstance(one, Mapping) else one for one in (full.get("scores"), manifold or "RateMatrices")
+    ]
+    clock = repr(clock_from(full.get("clock") or "FixedClock"))
+    told = [full.get(key) for key in ("module", "first_hop", "rate_fn", "ordered", "bias_as", "num_heads")]
+    return *told, *names, clock, full.get("max_time") or 2 * full.get("time", 0), _positions(variant)
 
 
 def _positions(variant: Any) -> dict[str, Any] | None:
     """The encoding with its defaults, but for a scaling of frequencies: longer contexts may be read with other ones."""
     recipe = variant.get("encoding")
-    if "encoding" not in variant and variant.get("rotary_layout"):  # written before encodings had recipes
+    if "encoding" not in variant and variant.get("rotary_layout"):
         recipe = ROPE | {"layout": variant["rotary_layout"], "base": variant["rotary_base"]}
     if recipe is None:
         return None
-    parameters = inspect.signature(getattr(positional, recipe["module"])).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return {key: value for key, value in (defaults | recipe).items() if key != "scaling"}
+    full = with_defaults("encoding", recipe, PositionalEncoding)
+    return {key: value for key, value in full.items() if key != "scaling"}
 
 
 class LanguageModel(Trained):
@@ -95,18 +133,10 @@ class LanguageModel(Trained):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
-        streams: residual streams, see ``nn.ResidualStreams``.
-        mlp_ratio: hidden width of the feed-forward layer over C.
-        dropout: on attention entries and residual branches, in training.
-        encoding: recipe of the positions, e.g. ``{"module": "ALiBi"}``, see ``nn.build_encoding``; default RoPE; null for no
-            positions.
-        learning_rate: after warm-up; falls along a cosine to a tenth.
-        weight_decay: decoupled, on matrices only.
         warmup_steps: of the linear rise.
         continuation: what ``predict`` does to its prompts: arguments of ``generate``, e.g. ``{"max_new_tokens": 64,
             "temperature": 0.8, "top_p": 0.9, "seed": 0}``; default 64 most probable tokens.
-        manifold_learning_rate: of parameters on a manifold, such as learned times; null is ``learning_rate``.
-        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
+        **options: those of ``Trained``; ``encoding`` is RoPE by default.
 
     Batches are ``{"tokens": (B, N), "targets": (B, N)}``. Logs ``train/loss`` and, for validation and test, loss
     (nats), perplexity and bits per byte.
@@ -120,36 +150,19 @@ class LanguageModel(Trained):
 
     def __init__(
         self,
-        attention: AttentionRecipe,
+        attention: dict[str, Any],
         vocab_size: int = 256,
         width: int = 128,
         depth: int = 2,
         num_heads: int = 4,
-        streams: int = 1,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        encoding: dict[str, Any] | None = dict(ROPE),  # noqa: B006
-        learning_rate: float = 3e-3,
-        weight_decay: float = 0.1,
+        *,
         warmup_steps: int = 100,
         continuation: dict[str, Any] | None = None,
-        manifold_learning_rate: float | None = None,
-        momentum: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(warmup_steps=warmup_steps, **options)
         self.embedding = nn.Embedding(vocab_size, width)
-        self.transformer = Transformer(
-            width,
-            depth,
-            num_heads,
-            attention,
-            is_causal=True,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            encoding=encoding,
-            streams=streams,
-        )
+        self.transformer = self.new_transformer(width, depth, num_heads, attention, is_causal=True)
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.validation_perplexity, self.test_perplexity = Perplexity(), Perplexity()
         self.validation_bits, self.test_bits = BitsPerByte(), BitsPerByte()
@@ -204,15 +217,9 @@ class TokenClassifier(Trained):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
-        streams: residual streams, see ``nn.ResidualStreams``.
-        mlp_ratio: hidden width of the feed-forward layer over C.
-        dropout: on attention entries and residual branches, in training.
         encoding: of positions; null (default), since tokens are a set.
-        learning_rate: after warm-up; falls along a cosine to a tenth.
         weight_decay: decoupled, on matrices only.
-        warmup_steps: of the linear rise.
-        manifold_learning_rate: of parameters on a manifold, such as learned times; null is ``learning_rate``.
-        momentum: null trains with Adam; a number ≥ 0 with SGD and this momentum.
+        **options: those of ``Trained``.
 
     Batches are ``{"tokens": (B, N, F), "labels": (B, N), "depth": (B, N)}``. Logs ``train/loss``; loss and accuracy for
     validation; accuracy and accuracy by depth for each test set, the first named ``test``, the second ``deeper``.
@@ -226,36 +233,21 @@ class TokenClassifier(Trained):
 
     def __init__(
         self,
-        attention: AttentionRecipe,
+        attention: dict[str, Any],
         vocab_size: int = 48,
         num_fields: int = 2,
         report_depth: int = 28,
         width: int = 64,
         depth: int = 1,
         num_heads: int = 4,
-        streams: int = 1,
-        mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
+        *,
         encoding: dict[str, Any] | None = None,
-        learning_rate: float = 3e-3,
         weight_decay: float = 0.0,
-        warmup_steps: int = 50,
-        manifold_learning_rate: float | None = None,
-        momentum: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+        super().__init__(encoding=encoding, weight_decay=weight_decay, **options)
         self.embeddings = nn.ModuleList(nn.Embedding(vocab_size, width) for _ in range(num_fields))
-        self.transformer = Transformer(
-            width,
-            depth,
-            num_heads,
-            attention,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            encoding=encoding,
-            streams=streams,
-        )
+        self.transformer = self.new_transformer(width, depth, num_heads, attention)
         self.head = nn.Linear(width, vocab_size)
         self.validation_accuracy = MulticlassAccuracy(vocab_size, average="micro")
         self.test_by_depth = nn.ModuleList(AccuracyByDepth(report_depth) for _ in TEST_SETS)

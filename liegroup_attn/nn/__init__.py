@@ -11,14 +11,13 @@ from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, R
 from liegroup_attn.nn.lie import LieAttention, scale_time
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.nn.multihead import LieMultiheadAttention
-from liegroup_attn.nn.recipe import AttentionRecipe, build_attention, build_encoding
+from liegroup_attn.nn.recipe import build_attention, build_encoding
 from liegroup_attn.nn.scores import BilinearScores, RateScores, SkewScores, SpectralScores, SymmetricScores
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.nn.transformer import Transformer
 
 __all__ = [
     "AttentionCache",
-    "AttentionRecipe",
     "BilinearScores",
     "ConversionReport",
     "ConvertedLayer",

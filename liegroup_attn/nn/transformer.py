@@ -14,7 +14,7 @@ from liegroup_attn.errors import CacheError, ShapeError
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
 from liegroup_attn.nn.generation import continue_tokens
-from liegroup_attn.nn.recipe import ROPE, AttentionRecipe, build_attention, build_encoding
+from liegroup_attn.nn.recipe import ROPE, build_attention, build_encoding
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.positional import AbsoluteEncoding
 from liegroup_attn.resettable import Resettable
@@ -66,7 +66,7 @@ class Transformer(Resettable):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
-        attention: recipe, e.g. ``{"module": "LieAttention", "first_hop": True}``; default softmax.
+        attention: recipe, e.g. ``{"module": "LieAttention", "first_hop": True}``, see ``build_attention``; default softmax.
         is_causal: lower-triangular mask.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and on each residual branch, in training.
@@ -93,7 +93,7 @@ class Transformer(Resettable):
         width: int,
         depth: int,
         num_heads: int,
-        attention: AttentionRecipe | Mapping[str, Any] | None = None,
+        attention: Mapping[str, Any] | None = None,
         *,
         is_causal: bool = False,
         mlp_ratio: float = 4.0,
@@ -106,7 +106,7 @@ class Transformer(Resettable):
             raise ShapeError(f"streams: expected at least 1, got {streams}; 1 is the ordinary residual connection")
         if num_heads < 1 or width % num_heads:
             raise ShapeError(f"num_heads: expected a divisor of width={width}, got {num_heads}; change one of the two")
-        recipe = {"module": "SoftmaxAttention"} if attention is None else attention
+        recipe: Mapping[str, Any] = {"module": "SoftmaxAttention"} if attention is None else attention
         heads = recipe.get("num_kv_heads")
         positions = partial(build_encoding, encoding, width, num_heads, num_kv_heads=heads, is_causal=is_causal)
         first = positions()

@@ -269,7 +269,7 @@ def test_what_is_drawn_of_learned_generators():
 
 
 def test_prediction_with_layers_that_keep_no_cache():
-    recipe = {"module": "LieAttention", "plus": "RelativeRates", "max_distance": 3}
+    recipe = {"module": "LieAttention", "plus": {"module": "RelativeRates", "max_distance": 3}}
     model = LanguageModel(recipe, vocab_size=16, width=8, depth=1, num_heads=2, continuation={"max_new_tokens": 2})
     assert not model.transformer.can_cache
     assert model.predict_step({"tokens": torch.zeros(1, 4, dtype=torch.long)}, 0).shape == (1, 6)

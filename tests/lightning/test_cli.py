@@ -87,6 +87,18 @@ def test_help(run):
         assert "--ckpt_path" in out
 
 
+@pytest.mark.parametrize("kind", ["LanguageModel", "TokenClassifier", "ImageClassifier"])
+def test_help_of_a_model_lists_what_it_hands_on(run, kind):
+    status, out, _ = run("fit", "--model.help", kind, config=False)
+    assert status == 0
+    for name in ("attention", "width", "encoding", "mlp_ratio", "dropout", "streams", "learning_rate", "momentum"):
+        assert f"--model.{name} " in out
+    for hidden in ("options", "transformer", "is_causal", "rotary_layout"):
+        assert f"--model.{hidden}" not in out
+    for told in ("number of residual streams", "on attention entries", "(type: int, default: 1)"):
+        assert told in out
+
+
 def test_fit_leaves_a_checkpoint_metrics_figures_and_the_config(place, checkpoint):
     folder = checkpoint.parents[1]
     assert {"config.yaml", "metrics.csv", "figures", "checkpoints"} <= {p.name for p in folder.iterdir()}
@@ -147,9 +159,11 @@ WRONG = [
     (("fit", "--model.init_args.num_heads", "3"), 1, ("num_heads: expected a divisor of width=16, got 3",)),
     (("fit", "--model.init_args.attention.time", "-1.0"), 1, ("time: expected 0 < time < max_time",)),
     (("fit", "--model.init_args.widht", "4"), 2, ("widht",)),
-    (("fit", "--model.init_args.attention.tiem", "4"), 2, ("tiem",)),
-    (("fit", "--model.init_args.attention.clock", "Sundial"), 2, ("Sundial", "ExponentialClock")),
-    (("fit", "--model.init_args.attention", "{{module: Softmax}}"), 2, ("Softmax", "SoftmaxAttention")),
+    (("fit", "--model.init_args.dropuot", "4"), 2, ("dropuot",)),
+    (("fit", "--model.init_args.streams", "two"), 2, ("streams", "two")),
+    (("fit", "--model.init_args.attention.tiem", "4"), 1, ("attention: expected keys", "did you mean time?")),
+    (("fit", "--model.init_args.attention.clock", "Sundial"), 1, ("Sundial", "ExponentialClock")),
+    (("fit", "--model.init_args.attention", "{{module: Softmax}}"), 1, ("Softmax", "did you mean SoftmaxAttention?")),
     (("fit", "--trainer.max_stepz", "4"), 2, ("max_stepz",)),
     (("fit", "--data.init_args.contxt", "4"), 2, ("contxt",)),
     (("fit", "--config", "{place}/unknown.yaml"), 2, ("widht",)),

@@ -7,6 +7,7 @@ import functools
 import math
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -17,8 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from liegroup_attn.errors import CacheError, GeneratorError, ShapeError
 from liegroup_attn.lightning import ByteCorpus, LanguageModel, RandomForests, TokenClassifier
+from liegroup_attn.lightning.modules import Trained
 from liegroup_attn.manifolds import ManifoldParameter
-from liegroup_attn.nn import LieAttention
+from liegroup_attn.nn import LieAttention, Transformer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -124,6 +126,17 @@ def test_checkpoints_load_with_weights_only(tmp_path, corpus, recipe, make):
         assert torch.equal(loaded.eval()(tokens), model.eval()(tokens))
     changed = [n for n, p in model.named_parameters() if not torch.equal(p, dict(before.named_parameters())[n])]
     assert len(changed) == len(list(model.parameters()))  # all of it was trained
+
+
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_hyperparameters_are_all_arguments_given_or_not(make):
+    """So that a checkpoint keeps its model when a default changes."""
+    model = make(dropout=0.25)
+    wanted = {*signature(type(model)).parameters, *signature(Trained).parameters, *signature(Transformer).parameters}
+    assert set(model.hparams) == wanted - {"options", "transformer", "is_causal"}
+    assert (model.hparams.dropout, model.hparams.streams, model.hparams.learning_rate) == (0.25, 1, 3e-3)
+    with pytest.raises(TypeError, match="dropuot"):
+        make(dropuot=0.25)
 
 
 OTHERS = [(a, b) for a in RECIPES for b in RECIPES if a != b]

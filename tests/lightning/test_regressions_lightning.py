@@ -62,6 +62,37 @@ def test_checkpoints_of_before_encodings_had_recipes(tmp_path, kind, options):
         kind.load_from_checkpoint(tmp_path / "old.ckpt", encoding={"module": "RotaryEncoding", "layout": "half_split"})
 
 
+@pytest.mark.filterwarnings("ignore:attention. expected parts as recipes:FutureWarning")
+def test_checkpoints_of_before_parts_had_recipes(tmp_path):
+    """They load as they are, and with the same said in today's words; another law is refused."""
+    parts = {"clock": "ErlangClock(3)", "plus": {"module": "RateMatrix", "num_tokens": 16, "rate": 0.5}}
+    flat = {"clock": "ErlangClock", "clock_shape": 3, "plus": "RateMatrix", "num_tokens": 16, "learned_rate": 0.5}
+    model = ImageClassifier(LIE | parts, width=16, depth=1, num_heads=2)
+    trainer = L.Trainer(max_steps=0, **QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    stored["hyper_parameters"]["attention"] = LIE | flat
+    stored["attention"] = {k: v for k, v in stored["attention"].items() if k not in parts} | flat
+    torch.save(stored, tmp_path / "old.ckpt")
+    image = torch.rand(1, 16, 4)
+    for options in ({}, {"attention": LIE | parts}):
+        loaded = ImageClassifier.load_from_checkpoint(tmp_path / "old.ckpt", **options)
+        assert torch.equal(loaded(image), model(image))
+    for other in ({"clock": "ErlangClock(2)"}, {"plus": parts["plus"] | {"manifold": "ReversibleRateMatrices"}}):
+        with pytest.raises(ValueError, match="another variant"):
+            ImageClassifier.load_from_checkpoint(tmp_path / "old.ckpt", attention=LIE | parts | other)
+
+
+def test_a_checkpoint_whose_encoding_goes_by_its_path_loads(tmp_path):
+    model = LanguageModel(LIE, width=16, depth=1, num_heads=2, encoding={"module": "liegroup_attn.positional.ALiBi"})
+    trainer = L.Trainer(max_steps=0, **QUIET)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    tokens = torch.randint(256, (1, 9))
+    assert torch.equal(LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt")(tokens), model(tokens))
+
+
 def test_a_checkpoint_may_be_read_with_scaled_frequencies(tmp_path):
     model = LanguageModel(LIE, width=16, depth=1, num_heads=2)
     trainer = L.Trainer(max_steps=0, **QUIET)

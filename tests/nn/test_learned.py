@@ -462,19 +462,16 @@ def test_one_stream_is_the_ordinary_transformer():
 
 # recipes
 
+RELATIVE = {"module": "RelativeRates", "max_distance": 3}
+MATRIX = {"module": "RateMatrix", "num_tokens": N}
 RECIPES = {
-    "relative": {"module": "LieAttention", "plus": "RelativeRates", "max_distance": 3},
-    "matrix": {"module": "LieAttention", "plus": "RateMatrix", "num_tokens": N, "learned_rate": 0.5, "ordered": True},
+    "relative": {"module": "LieAttention", "plus": RELATIVE},
+    "matrix": {"module": "LieAttention", "plus": MATRIX | {"rate": 0.5}, "ordered": True},
     "heads": {"module": "LieAttention", "mix_heads": True},
     "scores": {"module": "SoftmaxAttention", "scores": "RateScores"},
     "symmetric": {"module": "LieAttention", "scores": "SymmetricScores"},
-    "mixer": {"module": "LieMixer", "generator": "RateMatrix", "num_tokens": N, "manifold": "ReversibleRateMatrices"},
-    "relative mixer": {
-        "module": "LieMixer",
-        "generator": "RelativeRates",
-        "max_distance": 3,
-        "clock": "ExponentialClock",
-    },
+    "mixer": {"module": "LieMixer", "generator": MATRIX | {"manifold": "ReversibleRateMatrices"}},
+    "relative mixer": {"module": "LieMixer", "generator": RELATIVE, "clock": "ExponentialClock"},
 }
 
 
@@ -494,16 +491,17 @@ def test_recipes(name, is_causal):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"module": "LieMixer"}, "attention.generator: expected RelativeRates or RateMatrix"),
-        ({"module": "LieMixer", "generator": "RateMatrix"}, r"expected \['num_tokens'\] with RateMatrix, got \[\]"),
-        ({"module": "LieMixer", "generator": "Free"}, "attention.generator: expected one of"),
-        ({"module": "LieMixer", "time": 1.0}, r"for LieMixer, got \['time'\]"),
+        ({"module": "LieMixer"}, r"attention: expected \['generator'\] for LieMixer, got \[\]; add what is missing"),
+        ({"module": "LieMixer", "generator": "RateMatrix"}, r"expected \['num_tokens'\] for RateMatrix, got \[\]"),
+        ({"module": "LieMixer", "generator": "Free"}, "attention.generator.module: expected one of"),
+        ({"module": "LieMixer", "generator": RELATIVE, "time": 1.0}, r"for LieMixer, got \['time'\]"),
         ({"module": "SoftmaxAttention", "mix_heads": True}, r"for SoftmaxAttention, got \['mix_heads'\]"),
-        ({"module": "LieAttention", "max_distance": 3}, "no key of a learned generator"),
-        ({"module": "LieAttention", "learned_rate": 3.0}, "no key of a learned generator"),
-        ({"module": "LieAttention", "plus": "RelativeRates", "num_tokens": 3}, r"expected \['max_distance'\]"),
-        ({"module": "LieAttention", "plus": "RateMatrix", "num_tokens": 3, "manifold": "Sphere"}, "attention.manifold"),
-        ({"module": "LieAttention", "scores": "Free"}, "attention.scores: expected one of"),
+        ({"module": "LieAttention", "plus": RELATIVE | {"num_tokens": 3}}, r"attention.plus: .*got \['num_tokens'\]"),
+        (
+            {"module": "LieAttention", "plus": MATRIX | {"manifold": "Sphere"}},
+            "attention.plus.manifold.module: expected",
+        ),
+        ({"module": "LieAttention", "scores": "Free"}, "attention.scores.module: expected one of"),
         ({"module": "LieAttention", "ordered": True}, "ordered: expected False without plus"),
     ],
 )

@@ -176,7 +176,7 @@ def test_copies_keep_manifolds_at_every_depth():
             ValueError,
             r"layout: expected one of .*, got 'neox'; it must",
         ),
-        ((C, 1, H, {"module": "X"}), {}, ValueError, r"attention.module: expected .*, got 'X'; name a module"),
+        ((C, 1, H, {"module": "X"}), {}, ValueError, r"attention.module: expected .*, got 'X'; name one of them"),
         ((C, 1, H), {"dropout": 1.5}, ValueError, r"dropout: expected 0 ≤ dropout < 1, got 1.5; choose"),
     ],
 )
