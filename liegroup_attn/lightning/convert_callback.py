@@ -22,6 +22,7 @@ from liegroup_attn.lightning.stored_flows import (
     warn_of_untrained_flows,
 )
 from liegroup_attn.nn import LieFlow, convert_attention
+from liegroup_attn.nn.recipe import defaults_of
 
 __all__ = ["ConvertAttention"]
 
@@ -37,16 +38,8 @@ class ConvertAttention(L.Callback):
     Args:
         include: patterns of module paths to convert; default all.
         exclude: patterns of module paths to leave as they are.
-        time: initial t per head.
-        max_time: upper end of the learned time.
-        learn_time: learn t per head.
-        learn_rates: learn jump rates per token and head.
-        rate: initial ρ.
-        first_hop: the query first jumps to a token, then the chain runs.
-        clock: name of the law of the time, such as ``"ErlangClock(3)"``; null is fixed.
-        tol: largest probability of hops beyond those computed.
-        allow_open_mask: accept masks that are not transitively closed.
         from_plain: let ``validate``, ``test`` and ``predict`` take a checkpoint without any flow, and start with fresh ones.
+        **flow: those of ``nn.LieFlow``; the clock by its name, such as ``"ErlangClock(3)"``.
 
     Raises:
         ConversionError: nothing to convert, something converted with other options, or a checkpoint that does not fit.
@@ -61,22 +54,12 @@ class ConvertAttention(L.Callback):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         *,
-        time: float = 0.0,
-        max_time: float = 1.0,
-        learn_time: bool = True,
-        learn_rates: bool = True,
-        rate: float = 0.5,
-        first_hop: bool = True,
-        clock: str | None = None,
-        tol: float = 1e-3,
-        allow_open_mask: bool = False,
         from_plain: bool = False,
+        **flow: Any,
     ) -> None:
-        given: dict[str, Any] = {"include": include, "exclude": exclude, "time": time, "max_time": max_time}
-        given |= {"learn_time": learn_time, "learn_rates": learn_rates, "rate": rate, "first_hop": first_hop}
-        given |= {"clock": clock, "tol": tol, "allow_open_mask": allow_open_mask}
-        self.options = plain_options(given)
-        LieFlow(1, 1, **{k: v for k, v in given.items() if k not in ("include", "exclude")})  # wrong ones end here
+        LieFlow(1, 1, device=None, dtype=None, **flow)  # wrong ones end here; where flows lie is the module's affair
+        options = {"include": include, "exclude": exclude} | defaults_of(LieFlow) | flow
+        self.options = plain_options({key: options[key] for key in options if key not in ("device", "dtype")})
         self.from_plain = from_plain
         self._check: Any = None
 

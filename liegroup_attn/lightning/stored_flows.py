@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import clock_from
+from liegroup_attn.clocks import Clock, clock_from
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.nn import LieFlow
 
@@ -42,6 +42,8 @@ def plain_options(options: Any, where: str = "lie_attention") -> Any:
         return {str(key): plain_options(value, f"{where}[{key!r}]") for key, value in options.items()}
     if options is None or type(options) in (str, bool, int, float):
         return options
+    if isinstance(options, Clock):  # LightningCLI makes one of "ExponentialClock"
+        return repr(options)
     raise ConversionError(
         f"{where}: expected strings, numbers, lists and dicts, got {type(options).__name__}; a checkpoint would not load: "
         'name a clock as in "ErlangClock(3)", and call nn.convert_attention yourself for the rest'

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from theirs import Classifier, Late, loader, trainer
 
 from liegroup_attn import ErlangClock
+from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ConversionError, GeneratorError
 from liegroup_attn.lightning import ConvertAttention, ExactResume, LieConversion, load_converted
 from liegroup_attn.nn import LieFlow, LieMultiheadAttention, convert_attention, restore_attention
@@ -245,8 +246,9 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path, kind):
 
 
 def test_options_that_a_checkpoint_could_not_hold_and_wrong_ones():
-    with pytest.raises(ConversionError, match=r"lie_attention\['clock'\]: expected strings, numbers.*got ErlangClock"):
-        Mine(lie_attention={"clock": ErlangClock(2)})
+    with pytest.raises(ConversionError, match=r"lie_attention\['include'\]: expected strings, numbers.*got set"):
+        Mine(lie_attention={"include": {"encoder"}})
+    assert Mine(lie_attention={"clock": ErlangClock(2)}).lie_attention == {"clock": "ErlangClock(2)"}
     with pytest.raises(TypeError, match="tiem"):
         Mine(lie_attention={"tiem": 1.0}).configure_model()
     with pytest.raises(GeneratorError, match="time: expected 0 ≤ time ≤ max_time"):
@@ -359,8 +361,25 @@ class Data(L.LightningDataModule):
         return loader()
 
 
+def test_the_callback_has_the_flows_own_options(capsys):
+    own = {"time", "max_time", "learn_time", "learn_rates", "rate", "first_hop", "clock", "tol", "allow_open_mask"}
+    assert set(ConvertAttention().options) == own | {"include", "exclude"}
+    assert ConvertAttention(clock=ErlangClock(3)).options["clock"] == "ErlangClock(3)"
+    for wrong in ("tiem", "device", "num_heads"):
+        with pytest.raises(TypeError, match=wrong):
+            ConvertAttention(**{wrong: 1})
+    with pytest.raises(SystemExit):
+        LightningCLI(Classifier, Data, args=["fit", "--trainer.callbacks.help=ConvertAttention"])
+    told = capsys.readouterr().out
+    for name in own | {"include", "exclude", "from_plain"}:
+        assert f"--trainer.callbacks.{name} " in told
+    assert "--trainer.callbacks.device" not in told
+    assert "upper end of the learned time" in told
+
+
+@pytest.mark.parametrize("clock", ["ErlangClock(2)", "ExponentialClock"])
 @pytest.mark.parametrize("road", ["callback", "mixin"])
-def test_from_yaml(tmp_path, monkeypatch, road):
+def test_from_yaml(tmp_path, monkeypatch, road, clock):
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
@@ -368,7 +387,7 @@ def test_from_yaml(tmp_path, monkeypatch, road):
         "enable_checkpointing": False,
     }
     config = {"trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path), **quiet}}
-    options = {"exclude": ["encoder.layers.0.*"], "max_time": 2.0, "clock": "ErlangClock(2)"}
+    options = {"exclude": ["encoder.layers.0.*"], "max_time": 2.0, "clock": clock}
     if road == "callback":
         config["trainer"]["callbacks"] = [
             {"class_path": "liegroup_attn.lightning.ConvertAttention", "init_args": options}
@@ -385,7 +404,10 @@ def test_from_yaml(tmp_path, monkeypatch, road):
         save_config_callback=None,
     )
     (flow,) = flows(cli.model)
-    assert (flow.max_time, repr(flow.clock), flow.head_width) == (2.0, "ErlangClock(2)", 6)
+    assert (flow.max_time, repr(flow.clock), flow.head_width) == (2.0, repr(clock_from(clock)), 6)
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["lie_attention"]["clock"]
+    assert repr(clock_from(stored)) == repr(flow.clock)
     assert flow.time.abs().max() > 0
 
 
