@@ -158,7 +158,8 @@ def _with_old_keywords(verb: Callable[..., Tensor]) -> Callable[..., Tensor]:
         old = {name: kwargs.pop(name) for name in _MEANS if name in kwargs}
         for name in old:
             warn_of(name, _MEANS[name])
-        if all(value is None or value is False for value in old.values()):
+        old = {name: value for name, value in old.items() if value is not None and value is not False}
+        if not old:
             return verb(*args, **kwargs)
         bound = known.bind(*args, **kwargs)
         bound.apply_defaults()
