@@ -139,7 +139,7 @@ def check_time(time: Tensor | float, batch: torch.Size, num_tokens: int) -> Tens
     return when
 
 
-def check_jump_rates(jump_rates: Tensor | float | None, rows: torch.Size, like: Tensor) -> Tensor | None:
+def check_jump_rates(jump_rates: Tensor | float | None, rows: torch.Size, like: Tensor, look: bool) -> Tensor | None:
     """ρ as a tensor broadcastable to ``rows`` = (..., N), with at least one dimension; None stays None.
 
     Raises:
@@ -158,7 +158,7 @@ def check_jump_rates(jump_rates: Tensor | float | None, rows: torch.Size, like: 
             f"jump_rates: expected a shape broadcastable to {tuple(rows)}, got {tuple(rates.shape)}; "
             "give one rate per token, or (heads, 1) for one per head"
         )
-    if values_visible(rates):
+    if look and values_visible(rates):
         low, high = float(rates.detach().min()), float(rates.detach().max())
         if not (low >= 0 and high <= 1):
             raise GeneratorError(

@@ -19,21 +19,7 @@ def warn_of(old: str, new: str, stacklevel: int = 3) -> None:
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Take keywords by their old names, too, and say the new ones.
-
-    Args:
-        **names: old = new.
-
-    Raises:
-        TypeError: a keyword is given under both names.
-
-    Example:
-        >>> @renamed(size="width")
-        ... def area(width: float) -> float:
-        ...     return width**2
-        >>> area(size=3.0)
-        9.0
-    """
+    """Take keywords by their old names (old = new), too, and say the new ones; TypeError if one is given under both."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)

@@ -71,6 +71,10 @@ def expm_multiply(
         raise GeneratorError(
             f"generator: expected a Generator, got {type(generator).__name__}; wrap a matrix in DenseGenerator(Q)"
         )
+    if generator.past:
+        raise GeneratorError(
+            f"generator: expected one with the rows of all its tokens, got one with past={generator.past}; it is for Flow.extend"
+        )
     check_shape("value", value, least_rank=2, remedy="give (..., tokens, width)")
     if value.size(-2) != generator.num_states:
         raise ShapeError(
@@ -85,9 +89,15 @@ def expm_multiply(
     batch = torch.broadcast_shapes(generator.batch_shape, value.shape[:-2])
     when = check_time(time, batch, generator.num_states)
     law, how = _check_law(clock, method)
+
+    def finish(mixed: Tensor) -> Tensor:
+        return generator.jump(mixed) if first_hop else mixed
+
     if _still(when):
-        value = value.expand(torch.broadcast_shapes(value.shape, (*when.shape, 1)))  # several times, all 0
-        return generator.jump(value) if first_hop else value.clone()
+        value = value.expand(
+            torch.broadcast_shapes((*batch, *value.shape[-2:]), (*when.shape, 1))
+        )  # several times, all 0
+        return finish(value.clone())
     bound = generator.rate_bound()
     known = None  # without a look at any tensor
     if isinstance(bound, float) and isinstance(time, numbers.Real):
@@ -96,8 +106,7 @@ def expm_multiply(
     if generator.dropout_p and not (how.drops_hops and generator.drops_in_hops):
         eye = torch.eye(generator.num_states, dtype=value.dtype, device=value.device)
         mixing = how.act(generator, eye.expand(*value.shape[:-2], -1, -1), when, law)
-        value = F.dropout(mixing, generator.dropout_p) @ value
-        return generator.jump(value) if first_hop else value
+        return finish(F.dropout(mixing, generator.dropout_p) @ value)
     return how.act(generator, value, when, law, first_hop)
 
 
@@ -141,6 +150,7 @@ def transition_matrix(generator: Generator, time: Tensor | float = 1.0, *, clock
     return MatrixExp().matrix(generator, when, law)
 
 
+_VERB = signature(expm_multiply).parameters
 _MEANS = {
     "score_bias": "give it to the generator: expm_multiply(SoftmaxGenerator(q, k, score=bias, …), v, t, …)",
     "plus": "add it: expm_multiply(SoftmaxGenerator(q, k, …) + R, v, t, …)",
@@ -165,16 +175,16 @@ def _with_old_keywords(verb: Callable[..., Tensor]) -> Callable[..., Tensor]:
         bound.apply_defaults()
         given = bound.arguments
         query, key, value = check_qkv(*(given[name] for name in ("query", "key", "value", "enable_gqa")))
-        if query.size(-2) != key.size(-2) and old.keys() <= {"score_bias", "allow_open_mask"}:
-            verb(*args, **kwargs)  # which says what is wrong across
-            rest = {name: given[name] for name in ("attn_mask", "dropout_p", "is_causal", "scale")}
-            return _softmax_across(query, key, value, **rest, score_bias=old.get("score_bias"))
+        if query.size(-2) != key.size(-2) and (bias := old.pop("score_bias", None)) is not None and not old:
+            bias = check_bias(bias, torch.Size([*query.shape[:-1], key.size(-2)]))
+            return verb(**{**given, "attn_mask": biased_mask(bias, given["attn_mask"], False, query, key)})
         chain = SoftmaxGenerator(
             query,
             key,
             score=old.get("score_bias"),
             visible=given["attn_mask"],
-            allow_open_mask=old.get("allow_open_mask", False),
+            allow_open_mask=old.get("allow_open_mask", False)
+            or _still(check_time(given["time"], query.shape[:-2], query.size(-2))),
             **{name: given[name] for name in ("is_causal", "jump_rates", "scale", "dropout_p")},
         )
         generator: Generator = chain if given["rate_fn"] is None else chain.with_rates(given["rate_fn"])
@@ -182,7 +192,7 @@ def _with_old_keywords(verb: Callable[..., Tensor]) -> Callable[..., Tensor]:
             generator = HeadMixture(generator, weights)
         if (plus := old.get("plus")) is not None:
             generator = generator + restricted(plus, chain.visible)
-        flow = {name: given[name] for name in ("clock", "first_hop", "method")}
+        flow = {name: given[name] for name, p in _VERB.items() if p.kind is p.KEYWORD_ONLY}
         return expm_multiply(generator, value, given["time"], **flow)
 
     return wrapped
@@ -209,7 +219,7 @@ def lie_attention(
     """Attention that mixes values by exp(tQ), Q the generator made from the scores.
 
     The first eight arguments are those of ``torch.nn.functional.scaled_dot_product_attention``; with
-    ``first_hop=True, time=0`` so is the result. With ``first_hop=False, time=0`` the result is ``value``.
+    a first hop and time 0 so is the result. Without the hop, time 0 gives ``value``.
 
     It is ``expm_multiply(SoftmaxGenerator(query, key, …), value, time, …)``, written out for what that takes besides: biases
     and soft caps of scores, windows, documents, open masks, sums Q + R, mixtures over heads.
@@ -241,7 +251,7 @@ def lie_attention(
         (..., H, N, D), dtype of ``value``.
 
     Raises:
-        ShapeError: ranks, widths, tokens or times do not fit; queries ≠ keys with anything but first_hop=True, time=0.
+        ShapeError: ranks, widths, tokens or times do not fit; queries ≠ keys with anything but a first hop at time 0.
         DtypeError: mixed or non-floating dtypes.
         MaskError: a mask of wrong shape or dtype, or not transitively closed.
         GeneratorError: NaN or inf in query or key, time < 0 or inf, ρ outside [0, 1] (numbers and CPU tensors).
@@ -263,7 +273,7 @@ def lie_attention(
         if not (first_hop and bool((when == 0).all()) and rate_fn is None):
             raise ShapeError(
                 f"key: expected the query's {query.size(-2)} tokens, got {key.size(-2)}; across different tokens there is "
-                "no generator, only first_hop=True with time=0 and rate_fn=None (softmax attention)"
+                "no generator, only softmax attention (first_hop=True with time=0 and rate_fn=None)"
             )
         return _softmax_across(query, key, value, attn_mask, dropout_p, is_causal, scale)
     open_mask = _still(when)  # without hops nothing leaks
@@ -294,19 +304,15 @@ def _softmax_across(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
-    score_bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention to other tokens; a query without an allowed target has no value of its own and gets 0."""
     check_scores(query, key, query.size(-1) ** -0.5 if scale is None else scale)
     shape = torch.Size([*query.shape[:-1], key.size(-2)])
     check_dropout(dropout_p)
     check_scale(scale)
-    bias = None if score_bias is None else check_bias(score_bias, shape)
-    allowed = no_target = None
+    bias = allowed = no_target = None
     if attn_mask is not None:
-        visible, of_mask = read_mask(attn_mask, query.dtype)
-        if of_mask is not None:
-            bias = of_mask if bias is None else bias + of_mask
+        visible, bias = read_mask(attn_mask, query.dtype)
         visible.check(shape)
         (allowed,) = visible.tensors
         if is_causal:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_
+
 import torch
 from torch import Tensor
 
 from liegroup_attn.checks import check_finite
 from liegroup_attn.errors import DtypeError, MaskError
 from liegroup_attn.tensors import autocast_dtype
-from liegroup_attn.visible import Allowed, Visible
+from liegroup_attn.visible import Allowed, Visible, Window
 
 __all__ = ["biased_mask", "check_closed", "read_mask", "taking_part"]
 
 
 def read_mask(attn_mask: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Visible, Tensor | None]:
-    """Check a mask at the public door: what it shows, and of a float mask what it adds to the scores.
+    """Check a mask at the public door: what it shows, and of a float mask what it adds to the scores, finite, or None.
 
     Args:
         attn_mask: broadcastable to (..., N, M); bool (True = takes part) or float (added to the scores; −inf, or
@@ -22,22 +25,14 @@ def read_mask(attn_mask: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Vi
         dtype: of the scores; a float mask must have it.
         first: the token that its first row is of.
 
-    Returns:
-        Who sees whom, and a finite bias or None.
-
     Raises:
         MaskError: fewer than 2 dimensions.
         DtypeError: neither bool nor the scores' dtype.
         GeneratorError: NaN or +inf.
-
-    Example:
-        >>> visible, bias = read_mask(torch.tensor([[0.5, -torch.inf]]), torch.float32)
-        >>> visible.tensors[0], bias
-        (tensor([[ True, False]]), tensor([[0.5000, 0.0000]]))
     """
     if not isinstance(attn_mask, Tensor):
         raise DtypeError(
-            f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor"
+            f"attn_mask: expected a tensor, got {type(attn_mask).__name__}; convert it with torch.as_tensor, or give an object such as Causal()"
         )
     if attn_mask.is_floating_point() and autocast_dtype(attn_mask) is not None:
         attn_mask = attn_mask.to(dtype)
@@ -61,25 +56,17 @@ def read_mask(attn_mask: Tensor, dtype: torch.dtype, first: int = 0) -> tuple[Vi
 def biased_mask(
     score_bias: Tensor | None, attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
 ) -> Tensor | None:
-    """One mask for a kernel that takes one: bias, mask and, beside one of them, the causal mask.
+    """One mask for a kernel that takes one: bias, mask (bool or float) and, beside one of them, the causal mask.
 
     Args:
         score_bias: broadcastable to (..., N, M), or None.
-        attn_mask: broadcastable to it, bool (True = takes part) or float, or None.
+        attn_mask: the same, bool (True = takes part) or float, or None.
         is_causal: lower-triangular mask.
         query: (..., N, E), whose dtype the kernel wants.
         key: (..., M, E).
 
     Returns:
         Float, −inf where hidden; bool without a bias if ``attn_mask`` is; None without either: the kernel has a causal mask.
-
-    Raises:
-        DtypeError: a mask that is neither bool nor float.
-
-    Example:
-        >>> biased_mask(torch.zeros(1, 1), None, True, torch.zeros(2, 4), torch.zeros(2, 4))
-        tensor([[0., -inf],
-                [0., 0.]])
     """
     sizes = query.size(-2), key.size(-2)
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
@@ -141,23 +128,23 @@ reaches token 0 by way of token 1; close it, or pass allow_open_mask=True to let
         visible = Allowed(shown, None if mask.dtype == torch.bool else mask.detach().masked_fill(~shown, 0.0))
     if visible.closed or torch.compiler.is_compiling():
         return
+    # What lies beyond a window is meant, and is not charged to a mask beside it.
+    visible = reduce(and_, [part for part in visible.parts if not isinstance(part, Window)])
     n = num_tokens or visible.tensors[0].size(-1)
     allowed = visible.rows(0, n, n, visible.tensors, visible.tensors[0].device)
     if allowed is None:
         return
     no_target = ~allowed.any(-1, keepdim=True)
     for part in visible.parts:
-        if isinstance(part, Allowed) and part.bias is not None and part.bias.numel():
+        if isinstance(part, Allowed) and part.reached is not None and part.reached.numel():
             # Without those that a bias puts out of reach.
-            most = part.bias.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True)
-            allowed = allowed & (part.bias > most - _FAR)
+            most = part.reached.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True)
+            allowed = allowed & (part.reached > most - _FAR)
     _check_closed(allowed, no_target)
 
 
 def _check_closed(allowed: Tensor, no_target: Tensor) -> None:
     """Raise unless several allowed hops lead only where one allowed hop leads."""
-    if allowed.size(-2) == 1:  # key padding: every row sees the same keys, hence closed
-        return
     n = max(allowed.shape[-2:])
     allowed = allowed.expand(*allowed.shape[:-2], n, n)
     eye = torch.eye(n, dtype=torch.bool, device=allowed.device)

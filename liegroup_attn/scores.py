@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.checks import check_finite
-from liegroup_attn.errors import DtypeError, GeneratorError, MaskError
-from liegroup_attn.tensors import fits
+from liegroup_attn.errors import DtypeError, GeneratorError, MaskError, ShapeError
+from liegroup_attn.tensors import fits, of_items, split_by
 
-__all__ = ["Bias", "Differences", "PairBias", "Score", "SoftCap", "TensorBias", "check_bias", "read_score"]
+__all__ = ["Bias", "Differences", "PairBias", "Score", "SoftCap", "TensorBias"]
 
 
 class Score(ABC):
@@ -27,6 +27,7 @@ class Score(ABC):
 
     leaves: tuple[Tensor, ...] = ()
     adds = False  # whether it adds what does not depend on the scores
+    rank = 3  # of a leaf (heads, rows, columns); further dimensions in front are a batch
 
     @abstractmethod
     def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:
@@ -62,6 +63,25 @@ class Score(ABC):
         back = torch.func.vjp(lambda g: self.pull(scores, start, leaves, g), torch.zeros_like(scores))[1]
         found: Tensor = back((d_scores, *d_leaves))[0]
         return found
+
+    def acted(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:
+        """``act``; ShapeError if it does not leave the shape of a block as it was."""
+        found = self.act(scores, start, leaves)
+        if found.shape != scores.shape:
+            raise ShapeError(
+                f"score: expected {type(self).__name__} to leave a block of scores {tuple(scores.shape)} as it is, got "
+                f"{tuple(found.shape)}; act entry by entry"
+            )
+        return found
+
+    def check(self, scores_shape: torch.Size) -> None:  # noqa: B027
+        """Raise unless its leaves fit scores (..., N, M)."""
+
+    def of_items(self, items: int) -> Score:
+        """The same for the first items of a batch (B, H)."""
+        twin = copy(self)
+        twin.leaves = of_items(self.leaves, items, self.rank)
+        return twin
 
     def formed(self, rows: int, columns: int) -> Tensor:
         """What it adds, broadcastable to (..., rows, columns); of scores that ``adds``."""
@@ -108,19 +128,20 @@ class TensorBias(Bias):
         self.first = first
         self.leaves = (bias,)
 
+    def check(self, scores_shape: torch.Size) -> None:  # noqa: D102
+        check_bias(self.leaves[0], scores_shape)
+
     def at(self, leaves: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:  # noqa: D102
         (bias,) = leaves
         if bias.size(-2) == 1:
             return [bias]
         return [bias[..., start - self.first : stop - self.first, :]]
 
-    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
-        return leaves[0][..., :columns]
+    def formed(self, rows: int, columns: int) -> Tensor:  # noqa: D102
+        return self.leaves[0][..., :rows, :columns]
 
-    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        (bias,) = leaves
-        seen = grad.sum_to_size(bias[..., : grad.size(-1)].shape).to(bias.dtype)
-        return grad, torch.nn.functional.pad(seen, (0, bias.size(-1) - seen.size(-1)))
+    def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
+        return leaves[0][..., : stop - start, :columns]
 
     def gather(self, leaves: Sequence[Tensor], pieces: Sequence[Sequence[Tensor]]) -> list[Tensor]:  # noqa: D102
         parts = [piece for (piece,) in pieces]
@@ -131,7 +152,7 @@ class PairBias(Bias):
     """A function of two positions, computed where it is needed.
 
     Args:
-        between: (here (..., b, 1), there (..., 1, M), *parameters) → (..., H, b, M).
+        between: of here (..., b, 1), there (..., 1, M) and the parameters; gives (..., H, b, M).
         coordinates: of the tokens, (..., N, 1).
         parameters: of the function.
     """
@@ -139,6 +160,9 @@ class PairBias(Bias):
     def __init__(self, between: Callable[..., Tensor], coordinates: Tensor, parameters: Sequence[Tensor]) -> None:
         self.between = between
         self.leaves = (coordinates, *parameters)
+
+    def check(self, scores_shape: torch.Size) -> None:  # noqa: D102
+        _check_tokens(self, self.leaves[0].size(-2), scores_shape)
 
     def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
         coordinates, *parameters = leaves
@@ -152,19 +176,17 @@ class Differences(Bias):
         u: (..., N).
     """
 
+    rank = 2
+
     def __init__(self, u: Tensor) -> None:
         self.leaves = (u,)
+
+    def check(self, scores_shape: torch.Size) -> None:  # noqa: D102
+        _check_tokens(self, self.leaves[0].size(-1), scores_shape)
 
     def rows(self, start: int, stop: int, columns: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
         (u,) = leaves
         return (u[..., start:stop, None] - u[..., None, :columns]).tril(start)
-
-    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        (u,) = leaves
-        below, n = grad.tril(start), u.size(-1)
-        d_here = torch.nn.functional.pad(below.sum(-1), (start, n - start - grad.size(-2)))
-        d_there = torch.nn.functional.pad(below.sum(-2), (0, n - grad.size(-1)))
-        return grad, (d_here - d_there).sum_to_size(u.shape).to(u.dtype)
 
 
 class SoftCap(Score):
@@ -182,9 +204,9 @@ class SoftCap(Score):
     """
 
     def __init__(self, cap: float) -> None:
-        if not 0 < cap < math.inf:
+        if not isinstance(cap, float | int) or not 0 < cap < math.inf:
             raise GeneratorError(f"cap: expected a positive number, got {cap}; None of it leaves scores as they are")
-        self.cap = cap
+        self.cap: float = cap
 
     def act(self, scores: Tensor, start: int, leaves: Sequence[Tensor]) -> Tensor:  # noqa: D102
         return self.cap * (scores / self.cap).tanh()
@@ -198,11 +220,16 @@ class _Then(Score):
         self.leaves = tuple(leaf for part in self.parts for leaf in part.leaves)
         self.adds = all(part.adds for part in self.parts)
 
-    def _split(self, leaves: Sequence[Tensor]) -> list[tuple[Score, Sequence[Tensor]]]:
-        ends = [0]
+    def of_items(self, items: int) -> Score:
+        return _Then(*(part.of_items(items) for part in self.parts))
+
+    def check(self, scores_shape: torch.Size) -> None:
         for part in self.parts:
-            ends.append(ends[-1] + len(part.leaves))
-        return [(part, leaves[i:j]) for part, (i, j) in zip(self.parts, pairwise(ends), strict=True)]
+            part.check(scores_shape)
+
+    def _split(self, leaves: Sequence[Tensor]) -> list[tuple[Score, Sequence[Tensor]]]:
+        counts = (len(part.leaves) for part in self.parts)
+        return list(zip(self.parts, split_by(counts, leaves), strict=True))
 
     def at(self, leaves: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
         return [leaf for part, own in self._split(leaves) for leaf in part.at(own, start, stop)]
@@ -222,16 +249,12 @@ class _Then(Score):
             found += part.gather(own, [blocks[i][1] for blocks in split])
         return found
 
-    def pull(self, scores: Tensor, start: int, leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-        steps = self._split(leaves)
-        found: list[Tensor] = []
-        before = [scores]
-        for part, own in steps[:-1]:
-            before.append(scores if self.adds else part.act(before[-1], start, own))  # what only adds looks at shapes
-        for (part, own), x in zip(reversed(steps), reversed(before), strict=True):
-            grad, *d_own = part.pull(x, start, own, grad)
-            found = [*d_own, *found]
-        return (grad, *found)
+
+def _check_tokens(score: Score, tokens: int, scores_shape: torch.Size) -> None:
+    if tokens != scores_shape[-1]:
+        raise ShapeError(
+            f"score: expected {type(score).__name__} of {scores_shape[-1]} tokens, got {tokens}; make it for these queries and keys"
+        )
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -242,12 +265,11 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def read_score(score: Score | Tensor | None, scores_shape: torch.Size, first: int = 0) -> Score | None:
-    """A score, or a tensor that is added; checked as ``check_bias`` does.
-
-    Raises:
-        DtypeError: neither.
-    """
-    if score is None or isinstance(score, Score):
+    """A score, or of a tensor that is added, whose first row is of the token ``first``; DtypeError if it is neither."""
+    if score is None:
+        return None
+    if isinstance(score, Score):
+        score.check(scores_shape)
         return score
     if isinstance(score, Tensor):
         return TensorBias(check_bias(score, scores_shape), first)
@@ -258,23 +280,10 @@ def read_score(score: Score | Tensor | None, scores_shape: torch.Size, first: in
 
 
 def check_bias(score_bias: Tensor, scores_shape: torch.Size) -> Tensor:
-    """Check what is added to the scores.
-
-    Args:
-        score_bias: finite numbers, broadcastable to (..., N, M).
-        scores_shape: (..., N, M).
-
-    Returns:
-        It.
-
-    Raises:
-        DtypeError: not a floating-point tensor.
-        MaskError: another shape.
-        GeneratorError: NaN or inf (looked at on CPU); a mask hides, a bias does not.
-    """
+    """It, or an error: finite numbers (looked at on CPU), broadcastable to (..., N, M); a mask hides, a bias does not."""
     if not isinstance(score_bias, Tensor) or not score_bias.is_floating_point():
         got = score_bias.dtype if isinstance(score_bias, Tensor) else type(score_bias).__name__
-        raise DtypeError(f"score: expected a floating-point tensor, got {got}; what hides tokens is attn_mask")
+        raise DtypeError(f"score: expected a floating-point tensor, got {got}; what hides tokens is a mask")
     if score_bias.dim() < 2 or not fits(score_bias.shape, scores_shape):
         raise MaskError(
             f"score: expected a shape broadcastable to {tuple(scores_shape)} with at least 2 dimensions, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,8 +15,10 @@ __all__ = [
     "differentiated",
     "fits",
     "of_heads",
+    "of_items",
     "pick",
     "product",
+    "split_by",
     "values_visible",
     "without_autocast",
 ]
@@ -40,8 +43,7 @@ def differentiated(tensor: Tensor) -> bool:
 
 
 def pick(reverse: Any, forward: Any) -> Any:
-    """A Function without, or with, a rule for forward mode."""
-    # torch.compile refuses a Function that has a forward-mode rule of its own.
+    """A Function without its forward-mode rule under torch.compile, which refuses it."""
     return reverse if torch.compiler.is_compiling() else forward
 
 
@@ -60,7 +62,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 def fits(shape: torch.Size, into: torch.Size) -> bool:
     """Whether a shape broadcasts to another without enlarging it."""
     try:
-        return torch.broadcast_shapes(shape, into) == into
+        return shape == into or torch.broadcast_shapes(shape, into) == into
     except RuntimeError:
         return False
 
@@ -81,3 +83,16 @@ def of_heads(x: Tensor, num_heads: int) -> Tensor:
     """Keys or values (..., H_kv, N, D) with one head for every query head: (..., H, N, D)."""
     groups = x.size(-3)
     return x if groups == num_heads else x.repeat_interleave(num_heads // groups, -3)
+
+
+def of_items(tensors: tuple[Tensor, ...], items: int, rank: int) -> tuple[Tensor, ...]:
+    """The first items of tensors that have a batch in front of ``rank`` dimensions; others as they are."""
+    return tuple(x[:items] if x.dim() > rank and x.size(0) > 1 else x for x in tensors)
+
+
+def split_by(counts: Iterable[int], items: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """So many each, one part after the other."""
+    start = 0
+    for count in counts:
+        yield items[start : start + count]
+        start += count

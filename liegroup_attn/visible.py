@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import copy
 from functools import reduce
-from itertools import pairwise
 from operator import and_
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from liegroup_attn.errors import DtypeError, MaskError
-from liegroup_attn.tensors import fits
+from liegroup_attn.tensors import fits, of_items, split_by
 
 __all__ = ["Allowed", "Causal", "Documents", "Everything", "Padding", "Visible", "Window"]
+
+
+Seen: TypeAlias = Sequence[Tensor]
+Device: TypeAlias = torch.device | None
+Rows: TypeAlias = Tensor | None
 
 
 class Visible(ABC):
@@ -34,11 +40,10 @@ class Visible(ABC):
     is_causal = False
     closed = True
     own = True
+    rank = 2  # of a tensor (heads, tokens); further dimensions in front are a batch
 
     @abstractmethod
-    def rows(
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:
         """Which of the first ``columns`` targets take part in rows start … stop.
 
         Args:
@@ -61,30 +66,23 @@ class Visible(ABC):
         """Raise MaskError unless its tensors fit scores (..., N, N): a number a token, if it has any."""
         rows = scores_shape[:-1]
         for tensor in self.tensors:
-            if not fits(tensor.shape, rows):
+            if not fits(tensor.shape, rows) or tensor.size(-1) != rows[-1]:
                 raise MaskError(
-                    f"visible: expected {type(self).__name__} of a shape broadcastable to {tuple(rows)}, got "
+                    f"visible: expected {type(self).__name__} of a shape broadcastable to {tuple(rows)}, an entry a token, got "
                     f"{tuple(tensor.shape)}; index it as (batch, 1, token) beside heads"
                 )
+
+    def of_items(self, items: int) -> Visible:
+        """The same for the first items of a batch (B, H)."""
+        twin = copy(self)
+        twin.tensors = of_items(self.tensors, items, self.rank)
+        return twin
 
     def __and__(self, other: Visible) -> Visible:
         return _All(self, other) if isinstance(other, Visible) else NotImplemented
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
-
-
-class Everything(Visible):
-    """Every token sees every other."""
-
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
-        return None
-
-    @property
-    def parts(self) -> tuple[Visible, ...]:  # noqa: D102
-        return ()
 
 
 class Causal(Visible):
@@ -99,9 +97,7 @@ class Causal(Visible):
 
     is_causal = True
 
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:  # noqa: D102
         return torch.ones(stop - start, columns, dtype=torch.bool, device=device).tril(start)
 
 
@@ -116,13 +112,11 @@ class Window(Visible):
     """
 
     def __init__(self, width: int) -> None:
-        if width < 1:
-            raise MaskError(f"width: expected at least 1, got {width}; 1 is the token itself")
+        if not isinstance(width, int) or width < 1:
+            raise MaskError(f"width: expected a whole number from 1, got {width!r}; 1 is the token itself")
         self.width = width
 
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:  # noqa: D102
         all_seen = torch.ones(stop - start, columns, dtype=torch.bool, device=device)
         return all_seen.tril(start + self.width - 1).triu(start - self.width + 1)
 
@@ -151,9 +145,7 @@ class Documents(Visible):
             raise DtypeError(f"ids: expected whole numbers (..., N), got {got}; one document's number a token")
         self.tensors = (ids,)
 
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:  # noqa: D102
         (ids,) = tensors
         return ids[..., start:stop, None] == ids[..., None, :columns]
 
@@ -181,11 +173,11 @@ class Padding(Visible):
     @classmethod
     def of_lengths(cls, lengths: Tensor, num_tokens: int) -> Padding:
         """Padding behind sequences of these lengths, (...,) whole numbers; (B, 1) beside heads."""
+        if not isinstance(lengths, Tensor) or lengths.is_floating_point():
+            raise DtypeError(f"lengths: expected a tensor of whole numbers, got {lengths!r}; one length a sequence")
         return cls(torch.arange(num_tokens, device=lengths.device) < lengths.unsqueeze(-1))
 
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:  # noqa: D102
         return tensors[0][..., None, :columns]
 
 
@@ -200,11 +192,16 @@ class Allowed(Visible):
     """
 
     own = False
+    rank = 3
 
     def __init__(self, mask: Tensor, reached: Tensor | None = None, *, closed: bool = False, first: int = 0) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2:
+            raise MaskError(
+                f"mask: expected torch.bool (..., rows, columns), True = takes part, got {_said(mask)}; visible=mask takes floats, too"
+            )
         self.first = first
         self.tensors = (mask,)
-        self.bias = reached
+        self.reached = reached
         self.closed = closed or mask.size(-2) == 1
 
     def check(self, scores_shape: torch.Size) -> None:  # noqa: D102
@@ -214,9 +211,7 @@ class Allowed(Visible):
                 f"got {tuple(self.tensors[0].shape)}; index it as (batch, 1, query, key) or (query, key)"
             )
 
-    def rows(  # noqa: D102
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:  # noqa: D102
         (mask,) = tensors
         if mask.size(-2) > 1:
             mask = mask[..., start - self.first : stop - self.first, :]
@@ -234,16 +229,12 @@ class _All(Visible):
     def parts(self) -> tuple[Visible, ...]:
         return self._parts
 
-    def _split(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Visible, Sequence[Tensor]]]:
-        ends = [0]
-        for part in self._parts:
-            ends.append(ends[-1] + len(part.tensors))
-        return ((part, tensors[i:j]) for part, (i, j) in zip(self._parts, pairwise(ends), strict=True))
+    def of_items(self, items: int) -> Visible:
+        return _All(*(part.of_items(items) for part in self._parts))
 
-    def rows(
-        self, start: int, stop: int, columns: int, tensors: Sequence[Tensor], device: torch.device | None = None
-    ) -> Tensor | None:
-        found = [part.rows(start, stop, columns, own, device) for part, own in self._split(tensors)]
+    def rows(self, start: int, stop: int, columns: int, tensors: Seen, device: Device = None) -> Rows:
+        split = zip(self._parts, split_by((len(part.tensors) for part in self._parts), tensors), strict=True)
+        found = [part.rows(start, stop, columns, own, device) for part, own in split]
         shown = [rows for rows in found if rows is not None]
         return reduce(and_, shown) if shown else None
 
@@ -253,3 +244,14 @@ class _All(Visible):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self._parts)) or "Everything()"
+
+
+class Everything(_All):
+    """Every token sees every other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def _said(mask: object) -> str:
+    return f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__

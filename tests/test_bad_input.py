@@ -270,7 +270,9 @@ OBJECTS = {
         lambda: la.DenseGenerator.from_rates(torch.ones(2, 2, dtype=torch.long)), DtypeError, ("int64",)
     ),
     # softmax generators
-    "other tokens": Row(generator(key=torch.ones(2, 3, 3)), ShapeError, ("key", "cross-attention")),
+    "other tokens": Row(
+        generator(key=torch.ones(2, 3, 3)), ShapeError, ("key", "across tokens there is softmax attention")
+    ),
     "other width": Row(generator(key=torch.ones(2, N, 2)), ShapeError, ("width",)),
     "other batch": Row(generator(key=torch.ones(3, N, 3)), ShapeError, ("key",)),
     "query a vector": Row(generator(query=torch.ones(3)), ShapeError, ("query",)),
@@ -278,7 +280,7 @@ OBJECTS = {
     "key with NaN": Row(generator(key=torch.full((2, N, 3), NAN)), GeneratorError, ("key",)),
     "dropout of all": Row(generator(dropout_p=1.0), GeneratorError, ("dropout_p",)),
     "ρ above 1": Row(generator(jump_rates=1.1), GeneratorError, ("jump_rates", "1.1")),
-    "window": Row(generator(attn_mask=WINDOW), MaskError, ("allow_open_mask=True",)),
+    "window": Row(generator(visible=WINDOW), MaskError, ("allow_open_mask=True",)),
     # methods
     "tolerance above 1": Row(lambda: la.Uniformization(tol=2), GeneratorError, ("tol", "2")),
     "tolerance 0": Row(lambda: la.Uniformization(tol=0), GeneratorError, ("tol", "0")),

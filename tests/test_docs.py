@@ -30,6 +30,8 @@ DOCUMENTED = (
     "liegroup_attn.nn",
     "liegroup_attn.plots",
     "liegroup_attn.positional",
+    "liegroup_attn.scores",
+    "liegroup_attn.visible",
 )
 _CITED = re.compile(r"\[([A-Z][A-Za-z]+\d{4})\]_")
 _DEFINED = re.compile(r"^\.\. \[([A-Z][A-Za-z]+\d{4})\] \S", re.MULTILINE)
@@ -102,6 +104,15 @@ def test_every_page_is_in_a_table_of_contents():
     assert pages <= listed
     inside = (DOCS / "reference" / "index.md").read_text(encoding="utf-8")
     assert all(f"\n{name.removesuffix('.rst')}\n" in inside for name in REFERENCE)
+
+
+def test_what_contributing_shows_runs():
+    """The blocks of docs/contributing.md, one after the other: a clock, a bias, a mask, a method of one's own."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "contributing.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = {}
+    for block in blocks:
+        exec(block, shown)
+    assert {"CoinClock", "Parabola", "Chunks", "InHalves"} <= shown.keys()
 
 
 def test_these_tests_can_fail():

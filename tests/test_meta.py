@@ -87,7 +87,7 @@ def test_a_constructor_may_end_with_a_reset():
             super().__init__(width, 2, time=0.3)
             self.reset_parameters()
 
-    assert torch.equal(Mine(8).time, torch.full((2,), 0.3))
+    assert torch.equal(Mine(8).flow.time, torch.full((2,), 0.3))
 
 
 @pytest.mark.parametrize(

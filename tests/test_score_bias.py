@@ -282,7 +282,7 @@ def test_other_dtypes(dtype):
 
 BAD_BIASES = {
     "integers": (torch.zeros(N, N, dtype=torch.long), DtypeError, r"score: expected a floating-point tensor, got"),
-    "bool": (torch.ones(N, N, dtype=torch.bool), DtypeError, r"got torch.bool; what hides tokens is attn_mask"),
+    "bool": (torch.ones(N, N, dtype=torch.bool), DtypeError, r"got torch.bool; what hides tokens is a mask"),
     "number": (1.0, DtypeError, r"or a floating-point tensor to be added, got float"),
     "shape": (torch.zeros(N, N + 1), MaskError, r"score: expected .*\(2, 2, 6, 6\).*, got \(6, 7\); one number"),
     "rank": (torch.zeros(N), MaskError, r"score: .* got \(6,\); one number per query and key"),

@@ -311,3 +311,15 @@ def test_a_sum_refuses_what_does_not_fit():
         la.SoftmaxGenerator(q, q) + torch.zeros(N, N)
     with pytest.raises(ShapeError, match="same tokens"):
         la.SoftmaxGenerator(q, q) + la.DenseGenerator(torch.zeros(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_old_keywords_where_no_time_passes():
+    """Without hops nothing leaks, so an open mask is none."""
+    q = torch.randn(1, H, N, D, dtype=F64)
+    window = torch.ones(N, N, dtype=torch.bool).tril().triu(-1)
+    bias = torch.zeros(N, N, dtype=F64)
+    got = la.lie_attention(q, q, q, window, time=0.0, first_hop=True, score_bias=bias)
+    torch.testing.assert_close(got, torch.nn.functional.scaled_dot_product_attention(q, q, q, window))
+    with pytest.raises(GeneratorError, match="plus: expected a Generator, got int"):
+        la.lie_attention(q, q, q, plus=3)

@@ -235,15 +235,12 @@ def _matrices(model: nn.Module, args: argparse.Namespace, task: str) -> dict[str
     name, flow = max(flows.items(), key=lambda pair: float(pair[1].flow_time().detach().max()))
     head = int(flow.flow_time().argmax())
     seen: list[Any] = []
-    hook = flow.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
+    hook = flow.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     model.eval().requires_grad_(True)(tokens)  # without gradients a time of 0 would be passed by
     hook.remove()
-    (query, key, value, *mask), options = seen[0]
-    kept = {k: v for k, v in options.items() if k in ("is_causal", "scale")}
+    generator, value = seen[0]
     with torch.no_grad():
-        generator = flow.generator(query, key, value, *mask, **kept)
-        mixing = flow(query, key, value, *mask, **kept, need_weights=True)[1]
-        found = {"S": generator.jump_chain(), "Q": generator.dense(), "P(t)": mixing}
+        found = {"S": generator.jump_chain(), "Q": generator.dense(), "P(t)": flow.mixing(generator, value)}
     return {
         "layer": name.removesuffix(".lie"),
         "head": head,

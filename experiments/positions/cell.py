@@ -139,7 +139,7 @@ def _tests(model: nn.Module, task: Task, tests: dict[int, list[Batch]], setting:
 def _times(model: nn.Module) -> dict[str, list[float]]:
     """Module → times of its heads; empty for softmax attention, which has none."""
     return {
-        name: [round(time, 4) for time in module.flow_time().detach().flatten().tolist()]
+        name: [round(time, 4) for time in module.flow.flow_time().detach().flatten().tolist()]
         for name, module in model.named_modules()
         if isinstance(module, LieAttention)
     }

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.rate_recovery.counts import TransitionCounts
+from experiments.rate_recovery.model import RateEstimator
 from liegroup_attn.algebra import is_rate_matrix, logm, project_cone
 from liegroup_attn.errors import ConvergenceError, GeneratorError
 from liegroup_attn.generators import DenseGenerator
-from liegroup_attn.lightning import RateEstimator, TransitionCounts
 
 __all__ = ["ESTIMATORS", "Found", "SoftplusRates"]
 

@@ -20,14 +20,14 @@ from experiments.jobs import finished
 from experiments.markdown import show
 from experiments.provenance import code_hash, device_name
 from experiments.rate_recovery.bound import relative_bound
+from experiments.rate_recovery.counts import TransitionCounts
 from experiments.rate_recovery.estimators import ESTIMATORS, Found
+from experiments.rate_recovery.paml import read_generator
 from experiments.rate_recovery.report import FOLDER
 from experiments.results import ROOT, write_json
 from liegroup_attn.algebra import is_reversible, stationary_distribution
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.generators import DenseGenerator
-from liegroup_attn.lightning import TransitionCounts
-from liegroup_attn.lightning.data import read_generator
 
 __all__ = ["excess", "main", "relative_error"]
 

@@ -4,7 +4,7 @@ Functions of plain tensors (..., N, N), any batch, torch only; half precision is
 """
 
 from liegroup_attn.algebra.bases import basis, coordinates, elementary, from_coordinates
-from liegroup_attn.algebra.brackets import Ad, ad, bch, bracket, structure_constants
+from liegroup_attn.algebra.brackets import Ad, ad, bch, bracket
 from liegroup_attn.algebra.chains import exit_rates, expected_hops
 from liegroup_attn.algebra.embedding import Embedding, embed
 from liegroup_attn.algebra.equilibrium import detailed_balance_residual, is_reversible, stationary_distribution
@@ -43,5 +43,4 @@ __all__ = [
     "project_cone",
     "spectral_gap",
     "stationary_distribution",
-    "structure_constants",
 ]

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from liegroup_attn.algebra._square import eye_like, square, squares
-from liegroup_attn.algebra.bases import basis, coordinates
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.tensors import values_visible
 
-__all__ = ["Ad", "ad", "bch", "bracket", "structure_constants"]
+__all__ = [
+    "Ad",
+    "ad",
+    "bch",
+    "bracket",
+]
 
 
 def bracket(X: Tensor, Y: Tensor) -> Tensor:
@@ -40,31 +44,6 @@ def bracket(X: Tensor, Y: Tensor) -> Tensor:
     """
     X, Y = squares(("X", X), ("Y", Y))
     return X @ Y - Y @ X
-
-
-def structure_constants(n: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The c with [L_a, L_b] = Σ_c c[a, b, c] L_c, over the pairs a = (i, j) in the order of ``basis``.
-
-    In indices [L_ij, L_kl] = (δ_jk − δ_ik)(L_il − L_ik) − (δ_il − δ_ik)(L_kj − L_ki), where L_ii = 0.
-
-    Args:
-        n: number of states, at least 1.
-        dtype: default torch's.
-
-    Returns:
-        (m, m, m), m = n(n − 1).
-
-    Raises:
-        ShapeError: n < 1.
-
-    Example:
-        >>> structure_constants(2)[0, 1]  # [L_01, L_10] = L_10 − L_01
-        tensor([-1.,  1.])
-
-    Source: [Hall2015]_, chapter 3.
-    """
-    L = basis(n, dtype=dtype)
-    return coordinates(bracket(L[:, None], L))
 
 
 def ad(X: Tensor) -> Tensor:

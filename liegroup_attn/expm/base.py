@@ -89,8 +89,14 @@ class HopMethod(Method):
     ) -> Tensor:
         if not self.recompute:
             return self._act(generator, value, time, clock, first_hop)
+        if self._jumps(time, first_hop):
+            generator.prepare()  # what is kept between jumps is kept before: the recomputation has to find what the forward did
         found: Tensor = checkpoint(self._act, generator, value, time, clock, first_hop, use_reentrant=False)
         return found
+
+    def _jumps(self, time: Tensor, first_hop: bool) -> bool:
+        """Whether it asks the generator for jumps."""
+        return True
 
     @abstractmethod
     def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
@@ -186,17 +192,17 @@ def per_row(time: Tensor) -> bool:
     return time.dim() > 0 and time.size(-1) > 1
 
 
-def hop_matrix(chain: Tensor, onward: Tensor | None) -> Tensor:
+def hop_matrix(chain: Tensor, a: Tensor | None) -> Tensor:
     """P = I + diag(a)(S − I), from what ``Generator.uniformized`` gives: (..., N, N)."""
-    if onward is None:
+    if a is None:
         return chain
     with without_autocast(chain):
         eye = torch.eye(chain.size(-1), dtype=chain.dtype, device=chain.device)
-        return eye + onward.unsqueeze(-1).to(chain.dtype) * (chain - eye)
+        return eye + a.unsqueeze(-1).to(chain.dtype) * (chain - eye)
 
 
 def mix_by(mixing: Tensor, generator: Generator, value: Tensor, first_hop: bool) -> Tensor:
-    """What a method with a mixing matrix (..., N, N) at hand makes of values, in their dtype; the generator jumps first."""
+    """Multiply values by a mixing matrix (..., N, N), after a jump of the generator if one is wanted; in the values' dtype."""
     with without_autocast(value):
         dtype = torch.promote_types(mixing.dtype, working_dtype(value))
         mixed = mixing.to(dtype) @ value.to(dtype)

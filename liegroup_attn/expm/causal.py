@@ -15,9 +15,7 @@ from liegroup_attn.tensors import pick
 __all__ = ["causal_jumps", "extend_jumps"]
 
 
-def causal_jumps(
-    rows: SoftmaxRows, tensors: Sequence[Tensor], onward: Tensor | None, value: Tensor, plan: Plan
-) -> Tensor:
+def causal_jumps(rows: SoftmaxRows, tensors: Sequence[Tensor], a: Tensor | None, value: Tensor, plan: Plan) -> Tensor:
     """Jumps of a causal chain S, rows block by block; scores are formed once for all jumps.
 
     Inside a block the recursion needs only the block's own triangle, since earlier rows are known for every m. Memory
@@ -26,20 +24,24 @@ def causal_jumps(
     Args:
         rows: of S.
         tensors: that they are made from.
-        onward: a, (B, N), ≥ 0; None means 1 (explicit only).
+        a: (B, N), ≥ 0; None means 1 (explicit only).
         value: X_0, (B, N, D).
         plan: M, recursion, block size.
 
     Returns:
         J_0 … J_{M−1} (explicit) or J_1 … J_M (implicit), side by side: (B, N, M·D).
     """
-    return pick(_CausalJumps, _CausalJumpsForwardAD).apply(rows, onward, value, plan, *tensors)
+    if torch.compiler.is_compiling():
+        learned = [x for x in (a, value, *tensors) if x is not None and x.requires_grad]
+        if not (learned and torch.is_grad_enabled()):  # Dynamo hands a context to an inlined forward of variable length
+            return extend_jumps(rows, tensors, a, value, plan)[0]
+    return pick(_CausalJumps, _CausalJumpsForwardAD).apply(rows, a, value, plan, *tensors)
 
 
 def extend_jumps(
     rows: SoftmaxRows,
     tensors: Sequence[Tensor],
-    onward: Tensor | None,
+    a: Tensor | None,
     value: Tensor,
     plan: Plan,
     past: Tensor | None = None,
@@ -49,7 +51,7 @@ def extend_jumps(
     Args:
         rows: of S, from the first of the N new tokens on.
         tensors: that they are made from.
-        onward: a, (B, N), or None.
+        a: (B, N), or None.
         value: (B, N, D).
         plan: M, recursion, block size.
         past: iterates of the earlier tokens, (B, P, M·D), as this returned them for those; None for none.
@@ -63,7 +65,7 @@ def extend_jumps(
         block = _block(rows, tensors, first + start, first + stop)
         x = value[:, start:stop]
         seen = known.seen_by(block.before, x.new_zeros(*x.shape[:-1], plan.jumps * x.size(-1)))
-        found = run_block(block, seen, _at(onward, start, stop), x, plan)
+        found = run_block(block, seen, _at(a, start, stop), x, plan)
         known.append(found[1])
         jumps.append(found[0])
     return torch.cat(jumps, -2), known.pieces
@@ -94,35 +96,35 @@ class _CausalJumps(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows: SoftmaxRows, onward: Tensor | None, value: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
-        return extend_jumps(rows, tensors, onward, value, plan)[0]
+    def forward(rows: SoftmaxRows, a: Tensor | None, value: Tensor, plan: Plan, *tensors: Tensor) -> Tensor:
+        return extend_jumps(rows, tensors, a, value, plan)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rows, onward, value, ctx.plan, *tensors = inputs
+        ctx.rows, a, value, ctx.plan, *tensors = inputs
         # Inputs and output only: what is recomputed from them is differentiable again.
-        ctx.save_for_backward(onward, value, output, *tensors)
-        ctx.save_for_forward(onward, value, output, *tensors)
+        ctx.save_for_backward(a, value, output, *tensors)
+        ctx.save_for_forward(a, value, output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        onward, value, jumps, *tensors = ctx.saved_tensors
+        a, value, jumps, *tensors = ctx.saved_tensors
         rows, plan = ctx.rows, ctx.plan
         by_leaves = any(ctx.needs_input_grad[6 : 6 + rows.num_leaves])
         spans = _spans(value.size(-2), plan.block_size)
-        iterates = jumped_from(value, jumps, onward, plan)
+        iterates = jumped_from(value, jumps, a, plan)
         # One accumulator a block: slices of one tensor could not be written in place under vmap.
         later: list[Any] = [0.0] * len(spans)  # Σ over later rows of Sᵀh
         d_key: list[Any] = [0.0] * len(spans)
         d_query: list[Tensor] = []
-        d_onward: list[Any] = []
+        d_a: list[Any] = []
         d_value: list[Tensor] = []
         d_leaves: list[list[Tensor]] = []
         for i, (start, stop) in reversed(list(enumerate(spans))):
             block = _block(rows, tensors, start, stop)
-            a = _at(onward, start, stop)
+            of_block = _at(a, start, stop)
             h, w, da = reverse_block(
-                block, later[i], a, iterates[:, start:stop], jumps[:, start:stop], grad[:, start:stop], plan
+                block, later[i], of_block, iterates[:, start:stop], jumps[:, start:stop], grad[:, start:stop], plan
             )
             weight = (h * jumps[:, start:stop]).sum(-1, keepdim=True)  # Σ_j of S ∘ dS
             d_scores = torch.baddbmm(-weight, h, iterates[:, :stop].mT)
@@ -140,10 +142,10 @@ class _CausalJumps(torch.autograd.Function):
                 for j, part in enumerate((block.before.mT @ h).split(plan.block_size, -2)):
                     later[j] = later[j] + part
             d_value.append(w)
-            d_onward.append(da)
+            d_a.append(da)
         return (
             None,
-            None if onward is None else torch.cat(d_onward[::-1], -1),
+            None if a is None else torch.cat(d_a[::-1], -1),
             torch.cat(d_value[::-1], -2),
             None,
             torch.cat(d_query[::-1], -2),
@@ -156,19 +158,19 @@ class _CausalJumps(torch.autograd.Function):
 class _CausalJumpsForwardAD(_CausalJumps):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        onward, value, jumps, *tensors = ctx.saved_tensors
+        a, value, jumps, *tensors = ctx.saved_tensors
         rows, plan = ctx.rows, ctx.plan
-        _, d_onward, d_value, _, *d_tensors = tangents
+        _, d_a, d_value, _, *d_tensors = tangents
         d_value = torch.zeros_like(value) if d_value is None else d_value
-        iterates = jumped_from(value, jumps, onward, plan)
-        push = pushes(iterates, jumps, d_onward, plan.jumps)
+        iterates = jumped_from(value, jumps, a, plan)
+        push = pushes(iterates, jumps, d_a, plan.jumps)
         moved, found = _Known(None), []
         for start, stop in _spans(value.size(-2), plan.block_size):
             block = _block(rows, tensors, start, stop)
             d_chain = rows.push(tensors, d_tensors, block.chain, start, stop)
             seen = moved.seen_by(block.before, d_chain @ iterates[:, :stop])
             block_push = None if push is None else [p[:, start:stop] for p in push]
-            tangent, kept = run_block(block, seen, _at(onward, start, stop), d_value[:, start:stop], plan, block_push)
+            tangent, kept = run_block(block, seen, _at(a, start, stop), d_value[:, start:stop], plan, block_push)
             moved.append(kept)
             found.append(tangent)
         return torch.cat(found, -2)
@@ -183,5 +185,5 @@ def _spans(n: int, block_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + block_size, n)) for start in range(0, n, block_size)]
 
 
-def _at(onward: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if onward is None else onward[..., start:stop]
+def _at(a: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if a is None else a[..., start:stop]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Rows", "columns", "iterates", "jumped_from", "pushes", "reverse_block", "run_block", "step"]
+__all__ = ["Plan", "Rows", "columns", "iterates_of", "jumped_from", "pushes", "reverse_block", "run_block", "step"]
 
 
 class Plan(NamedTuple):
@@ -23,39 +23,39 @@ class Plan(NamedTuple):
     block_size: int = 128
 
 
-def iterates(value: Tensor, jumps: Tensor, onward: Tensor | None, plan: Plan) -> list[Tensor]:
+def iterates_of(value: Tensor, jumps: Tensor, a: Tensor | None, plan: Plan) -> list[Tensor]:
     """X_0 … X_M from the jumps, M + 1 of (B, N, D); differentiable."""
     found = [value]
     for jump in columns(jumps, plan.jumps):
-        found.append(step(found[-1], jump, onward, plan.implicit))
+        found.append(step(found[-1], jump, a, plan.implicit))
     return found
 
 
-def columns(wide: Tensor, count: int) -> list[Tensor]:
+def columns(joined: Tensor, count: int) -> list[Tensor]:
     """(B, N, M·D) → M of (B, N, D); a split, since each of M slices would have a gradient of the whole width."""
-    width = wide.size(-1) // max(count, 1)
-    return list(wide.split(width, -1)) if count and width else [wide] * count
+    width = joined.size(-1) // max(count, 1)
+    return list(joined.split(width, -1)) if count and width else [joined] * count
 
 
-def step(x: Tensor, jump: Tensor, onward: Tensor | None, implicit: bool) -> Tensor:
+def step(x: Tensor, jump: Tensor, a: Tensor | None, implicit: bool) -> Tensor:
     """The next iterate: x the one before, jump from it (explicit) or from the next itself (implicit)."""
-    if onward is None:
+    if a is None:
         return jump
     if not implicit:
-        return x + onward.unsqueeze(-1) * (jump - x)
-    stay, go = shares(onward)
+        return x + a.unsqueeze(-1) * (jump - x)
+    stay, go = shares(a)
     return stay.unsqueeze(-1) * x + go.unsqueeze(-1) * jump
 
 
-def shares(onward: Tensor) -> tuple[Tensor, Tensor]:
+def shares(a: Tensor) -> tuple[Tensor, Tensor]:
     """1/(1 + a) and a/(1 + a), (B, N): (1 + a)X = X₀ + aJ in numbers of which none is large."""
-    stay = 1 / (1 + onward)
-    return stay, onward * stay
+    stay = 1 / (1 + a)
+    return stay, a * stay
 
 
-def jumped_from(value: Tensor, jumps: Tensor, onward: Tensor | None, plan: Plan) -> Tensor:
+def jumped_from(value: Tensor, jumps: Tensor, a: Tensor | None, plan: Plan) -> Tensor:
     """The iterates that the jumps were taken from, side by side: (B, N, M·D)."""
-    found = iterates(value, jumps, onward, plan)
+    found = iterates_of(value, jumps, a, plan)
     return torch.cat(found[1:] if plan.implicit else found[:-1], -1)
 
 
@@ -67,13 +67,13 @@ class Rows(NamedTuple):
     here: Tensor  # (B, b, b), lower triangular
 
 
-def system_of(rows: Rows, onward: Tensor) -> Tensor:
+def system_of(rows: Rows, a: Tensor) -> Tensor:
     """The block's triangle of (I + diag(a)(I − S)) / (1 + a).
 
     The diagonal (1 + a_i Σ_{j<i} S_ij) / (1 + a_i) is summed, not 1 + a_i(1 − S_ii): nothing cancels, and each solution is
     a convex combination however large a is.
     """
-    stay, go = shares(onward)
+    stay, go = shares(a)
     below = rows.here.tril(-1)
     leave = rows.before.sum(-1) + below.sum(-1)
     return torch.diag_embed(stay + go * leave) - go.unsqueeze(-1) * below
@@ -82,7 +82,7 @@ def system_of(rows: Rows, onward: Tensor) -> Tensor:
 def run_block(
     rows: Rows,
     seen: Tensor,
-    onward: Tensor | None,
+    a: Tensor | None,
     x: Tensor,
     plan: Plan,
     push: list[Tensor] | None = None,
@@ -92,7 +92,7 @@ def run_block(
     Args:
         rows: of S.
         seen: (B, b, M·D), what earlier rows contribute to each jump.
-        onward: (B, b) or None.
+        a: (B, b) or None.
         x: X_0 of the block, (B, b, D).
         plan: M and recursion.
         push: M of (B, b, D) added to each step; only tangents need it.
@@ -101,9 +101,9 @@ def run_block(
         Jumps, and the iterates they were taken from: (B, b, M·D) each.
     """
     jumps, kept = [], []
-    if plan.implicit and onward is not None:  # an implicit plan has an a
-        system = system_of(rows, onward)
-        stay, go = (part.unsqueeze(-1) for part in shares(onward))
+    if plan.implicit and a is not None:  # an implicit plan has an a
+        system = system_of(rows, a)
+        stay, go = (part.unsqueeze(-1) for part in shares(a))
     for m, far in enumerate(columns(seen, plan.jumps)):
         if plan.implicit:
             right = stay * x + go * far
@@ -114,7 +114,7 @@ def run_block(
         else:
             jump = _added(far, rows.here, x)
             kept.append(x)
-            x = step(x, jump, onward, implicit=False)
+            x = step(x, jump, a, implicit=False)
             x = x if push is None else x + push[m]
         jumps.append(jump)
     return torch.cat(jumps, -1), torch.cat(kept, -1)
@@ -123,8 +123,8 @@ def run_block(
 def reverse_block(
     rows: Rows,
     later: Any,
-    onward: Tensor | None,
-    wide: Tensor,
+    a: Tensor | None,
+    iterates: Tensor,
     jumps: Tensor,
     grad: Tensor,
     plan: Plan,
@@ -132,13 +132,13 @@ def reverse_block(
     """The recursion backwards inside one block: h (B, b, M·D), gradient of X_0 (B, b, D) and of a (B, b)."""
     later = later if isinstance(later, Tensor) else torch.zeros_like(grad)
     transposed = rows.here.mT
-    if plan.implicit and onward is not None:  # an implicit plan has an a
-        system = system_of(rows, onward).mT
-        stay, go = (part.unsqueeze(-1) for part in shares(onward))
-    parts = zip(*(columns(t, plan.jumps) for t in (later, wide, jumps, grad)), strict=True)
-    a = None if onward is None else onward.unsqueeze(-1)
+    if plan.implicit and a is not None:  # an implicit plan has an a
+        system = system_of(rows, a).mT
+        stay, go = (part.unsqueeze(-1) for part in shares(a))
+    parts = zip(*(columns(t, plan.jumps) for t in (later, iterates, jumps, grad)), strict=True)
+    column = None if a is None else a.unsqueeze(-1)
     w: Any = None  # gradient of the iterate
-    d_onward: Any = 0.0
+    d_a: Any = 0.0
     found = []
     for far, x, jump, g in reversed(list(parts)):
         if plan.implicit:
@@ -146,18 +146,18 @@ def reverse_block(
             w = torch.linalg.solve_triangular(system, arriving if w is None else arriving + w, upper=True)
             h = g + go * w
             w = stay * w
-            d_onward = d_onward + (w * (jump - x)).sum(-1)
+            d_a = d_a + (w * (jump - x)).sum(-1)
         else:
-            h = g if w is None else g + w if a is None else g + a * w
-            if w is not None and a is not None:
-                d_onward = d_onward + (w * (jump - x)).sum(-1)
-                w = w - a * w + _added(far, transposed, h)
+            h = g if w is None else g + w if column is None else g + column * w
+            if w is not None and column is not None:
+                d_a = d_a + (w * (jump - x)).sum(-1)
+                w = w - column * w + _added(far, transposed, h)
             else:
                 w = _added(far, transposed, h)
         found.append(h)
-    if onward is not None and not isinstance(d_onward, Tensor):
-        d_onward = torch.zeros_like(onward)
-    return torch.cat(found[::-1], -1), w, None if onward is None else d_onward
+    if a is not None and not isinstance(d_a, Tensor):
+        d_a = torch.zeros_like(a)
+    return torch.cat(found[::-1], -1), w, None if a is None else d_a
 
 
 def _added(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
@@ -165,8 +165,8 @@ def _added(x: Tensor, matrix: Tensor, y: Tensor) -> Tensor:
     return torch.baddbmm(x, matrix, y) if x.dim() == 3 else x + matrix @ y
 
 
-def pushes(wide: Tensor, jumps: Tensor, d_onward: Tensor | None, count: int) -> list[Tensor] | None:
+def pushes(iterates: Tensor, jumps: Tensor, d_a: Tensor | None, count: int) -> list[Tensor] | None:
     """How a change of a moves each iterate: da(J_m − X_m)."""
-    if d_onward is None:
+    if d_a is None:
         return None
-    return columns(d_onward.unsqueeze(-1) * (jumps - wide), count)
+    return columns(d_a.unsqueeze(-1) * (jumps - iterates), count)

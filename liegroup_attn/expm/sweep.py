@@ -18,7 +18,7 @@ from liegroup_attn.expm.base import (
     working_dtype,
 )
 from liegroup_attn.expm.causal import causal_jumps, extend_jumps
-from liegroup_attn.expm.jumps import Plan, columns, iterates
+from liegroup_attn.expm.jumps import Plan, columns, iterates_of
 from liegroup_attn.generators import Generator
 from liegroup_attn.generators.rows import Blockwise
 from liegroup_attn.tensors import without_autocast
@@ -73,6 +73,9 @@ class CausalSweep(HopMethod):
         """Whether this sweeps along it: a causal chain that gives its rows block by block."""
         return generator.is_causal and generator.blockwise
 
+    def _jumps(self, time: Tensor, first_hop: bool) -> bool:
+        return first_hop and per_row(time)
+
     def _act(self, generator: Generator, value: Tensor, time: Tensor, clock: Clock, first_hop: bool) -> Tensor:
         if not self.takes(generator):
             raise GeneratorError(
@@ -94,7 +97,7 @@ class CausalSweep(HopMethod):
             if not run.plan.jumps:  # time 0, and no derivative by it
                 jumps = run.value[..., :0]
             else:
-                jumps = causal_jumps(chain.rows, chain.tensors, run.onward, run.value, run.plan)
+                jumps = causal_jumps(chain.rows, chain.tensors, run.a, run.value, run.plan)
             mixed = run.mix(jumps)
             mixed = generator.jump(mixed) if run.jump_after else mixed
         return mixed.to(value.dtype)
@@ -103,6 +106,8 @@ class CausalSweep(HopMethod):
         self, generator: Generator, value: Tensor, past: Tensor, time: Tensor, clock: Clock, first_hop: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Mix values of new tokens with all before them, given the iterates that earlier calls returned: exact decoding.
+
+        The number of hops is that of the iterates that are kept, whatever ``tol`` and ``max_terms``.
 
         Args:
             generator: ``SoftmaxGenerator`` with the P tokens before as its ``past``; closed or not.
@@ -116,17 +121,18 @@ class CausalSweep(HopMethod):
             The mixed values (..., N, D), and the iterates of the new tokens (..., N, M·D) in the dtype of ``past``.
         """
         with without_autocast(value):
-            hops = 0 if clock.resolvents else self.count_hops(time, value.dtype, clock)
+            # Once and for all by the width of what is kept, whatever the time has become.
+            hops = 0 if clock.resolvents else max(1, past.size(-1) // value.size(-1) - first_hop)
             chain = generator.softmax_rows(value.shape[:-2], past.dtype)
             run = self._prepare(chain, value, time, clock, hops, first_hop)
             before = flatten_batch(run.batch, past)
-            jumps, pieces = extend_jumps(chain.rows, chain.tensors, run.onward, run.value, run.plan, before)
+            jumps, pieces = extend_jumps(chain.rows, chain.tensors, run.a, run.value, run.plan, before)
             kept = torch.cat(pieces, -2)
             return run.mix(jumps).to(value.dtype), kept.view(*run.batch, *kept.shape[-2:])
 
     def _prepare(self, chain: Blockwise, value: Tensor, time: Tensor, clock: Clock, hops: int, first_hop: bool) -> _Run:
         batch, dtype = chain.rows.batch, chain.tensors[0].dtype
-        onward, weights = chain.jump_rates, None
+        a, weights = chain.jump_rates, None
         joint = first_hop and not per_row(time)
         if clock.resolvents is None:
             plan = Plan(hops + joint, False, self.block_size)
@@ -134,11 +140,11 @@ class CausalSweep(HopMethod):
         else:
             plan = Plan(clock.resolvents, True, self.block_size)
             mean = time.to(value.device, torch.float64) / clock.resolvents
-            onward = within(mean if onward is None else mean * onward.to(torch.float64), dtype)
-            onward = onward if onward.dim() else onward.unsqueeze(0)
-        if onward is not None:
-            onward = flatten_batch(batch, onward.to(dtype).expand(*onward.shape[:-1], value.size(-2)), 1)
-        return _Run(plan, batch, flatten_batch(batch, value.to(dtype)), onward, weights, joint, first_hop and not joint)
+            a = within(mean if a is None else mean * a.to(torch.float64), dtype)
+            a = a if a.dim() else a.unsqueeze(0)
+        if a is not None:
+            a = flatten_batch(batch, a.to(dtype).expand(*a.shape[:-1], value.size(-2)), 1)
+        return _Run(plan, batch, flatten_batch(batch, value.to(dtype)), a, weights, joint, first_hop and not joint)
 
 
 class _Run(NamedTuple):
@@ -147,7 +153,7 @@ class _Run(NamedTuple):
     plan: Plan
     batch: torch.Size
     value: Tensor  # (B, N, D)
-    onward: Tensor | None  # (B, N)
+    a: Tensor | None  # (B, N)
     weights: Tensor | None  # of the hops; None for resolvents
     joint: bool  # the first hop is one of the jumps: S Σ p_k X_k = Σ p_k J_k if one p serves all rows
     jump_after: bool
@@ -155,7 +161,7 @@ class _Run(NamedTuple):
     def mix(self, jumps: Tensor) -> Tensor:
         """(B, N, M·D) → (..., N, D)."""
         shape = (*self.batch, *self.value.shape[-2:])
-        terms = columns(jumps, self.plan.jumps) if self.joint else iterates(self.value, jumps, self.onward, self.plan)
+        terms = columns(jumps, self.plan.jumps) if self.joint else iterates_of(self.value, jumps, self.a, self.plan)
         if self.weights is None:
             return terms[-1].reshape(shape)
         return mixture(self.weights, [term.reshape(shape) for term in terms])

@@ -50,17 +50,17 @@ class TriangularSolve(Method):
             )
         if not generator.is_causal:
             raise GeneratorError("generator: expected is_causal=True for TriangularSolve, got False; use MatrixExp()")
-        chain, onward = generator.uniformized()
+        chain, a = generator.uniformized()
         with without_autocast(value):
             dtype = torch.promote_types(chain.dtype, working_dtype(value))
             theta = mean_hops(time, generator).to(value.device) / clock.resolvents
-            onward = within(theta if onward is None else theta * onward.to(torch.float64), dtype)
-            batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2], onward.shape[:-1])
+            a = within(theta if a is None else theta * a.to(torch.float64), dtype)
+            batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2], a.shape[:-1])
             chain, wide = chain.to(dtype).expand(*batch, -1, -1), value.to(dtype).expand(*batch, -1, -1)
-            onward = onward.expand(*batch, generator.num_states)
+            a = a.expand(*batch, generator.num_states)
             # All rows are one block, before which nothing is known.
             seen = wide.new_zeros(*wide.shape[:-1], clock.resolvents * wide.size(-1))
             plan = Plan(clock.resolvents, implicit=True)
-            wide = columns(run_block(Rows(chain, chain[..., :0], chain), seen, onward, wide, plan)[1], plan.jumps)[-1]
+            wide = columns(run_block(Rows(chain, chain[..., :0], chain), seen, a, wide, plan)[1], plan.jumps)[-1]
         mixed = wide.to(value.dtype)
         return generator.jump(mixed) if first_hop else mixed

@@ -17,7 +17,7 @@ from liegroup_attn.expm.base import (
     working_dtype,
 )
 from liegroup_attn.expm.formed import formed_jumps
-from liegroup_attn.expm.jumps import Plan, columns, iterates
+from liegroup_attn.expm.jumps import Plan, columns, iterates_of
 from liegroup_attn.expm.polynomial import matrix_polynomial, products
 from liegroup_attn.generators import Generator
 from liegroup_attn.tensors import fits, without_autocast
@@ -82,7 +82,7 @@ class Uniformization(HopMethod):
 
 
 def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_hop: bool) -> Tensor:
-    chain, onward = generator.uniformized()
+    chain, a = generator.uniformized()
     at_hand = generator.jumps_on_uniformized  # S itself is formed
     with without_autocast(value):
         batch = torch.broadcast_shapes(chain.shape[:-2], value.shape[:-2])
@@ -95,26 +95,24 @@ def _hop_on_formed(generator: Generator, value: Tensor, weights: Tensor, first_h
         joint = first_hop and at_hand and not per_row(weights[0])
         if one_a_matrix and matrix_first(len(weights) - 1, *value.shape[-2:]):
             joint = False
-            mixed = matrix_polynomial(weights.to(chain.device), hop_matrix(chain, onward)) @ wide
+            mixed = matrix_polynomial(weights.to(chain.device), hop_matrix(chain, a)) @ wide
         else:
-            mixed = mixture(weights, _terms(chain, onward, wide, len(weights) - 1, joint, batch))
+            mixed = mixture(weights, _terms(chain, a, wide, len(weights) - 1, joint, batch))
         if first_hop and at_hand and not joint:
             mixed = chain @ mixed
     return generator.jump(mixed) if first_hop and not at_hand else mixed
 
 
-def _terms(
-    chain: Tensor, onward: Tensor | None, value: Tensor, hops: int, joint: bool, batch: torch.Size
-) -> list[Tensor]:
+def _terms(chain: Tensor, a: Tensor | None, value: Tensor, hops: int, joint: bool, batch: torch.Size) -> list[Tensor]:
     """Iterates X_0 … X_K, or with ``joint`` the jumps J_0 … J_K from them; (..., N, D) each."""
     shape, plan = (*batch, *value.shape[-2:]), Plan(hops + joint, implicit=False)
     flat = flatten_batch(batch, value)
     if not plan.jumps:
         return [flat.view(shape)]
-    if onward is not None:
-        onward = flatten_batch(batch, onward.to(chain.dtype).expand(*onward.shape[:-1], chain.size(-1)), 1)
-    jumps = formed_jumps(flatten_batch(batch, chain), onward, flat, plan)
-    terms = columns(jumps, plan.jumps) if joint else iterates(flat, jumps, onward, plan)
+    if a is not None:
+        a = flatten_batch(batch, a.to(chain.dtype).expand(*a.shape[:-1], chain.size(-1)), 1)
+    jumps = formed_jumps(flatten_batch(batch, chain), a, flat, plan)
+    terms = columns(jumps, plan.jumps) if joint else iterates_of(flat, jumps, a, plan)
     return [term.reshape(shape) for term in terms]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import reduce
+from itertools import chain
 from numbers import Real
 from operator import add
 
@@ -17,7 +18,7 @@ from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.generators.rows import Blockwise
 from liegroup_attn.tensors import at_least_float32, values_visible
 
-__all__ = ["Generator", "ScaledGenerator", "SumGenerator", "normalized"]
+__all__ = ["Generator", "ScaledGenerator", "SumGenerator"]
 
 
 class Generator(ABC):
@@ -28,7 +29,10 @@ class Generator(ABC):
 
     num_states: int
     batch_shape: torch.Size
+    past: int = 0  # tokens of which there are no rows; only decoding asks such a generator
     is_causal: bool = False
+    parts: tuple[Generator, ...] = ()  # those that it is made of
+    leaves: tuple[Tensor, ...] = ()  # what rows may be differentiated by, beside queries and keys
     dropout_p: float = 0.0  # of an entry of S in each ``jump``
     drops_in_hops: bool = False  # whether ``hop`` drops them, too
     formed: bool = False  # whether its matrix is at hand
@@ -47,9 +51,8 @@ class Generator(ABC):
             (..., N, D), dtype of ``value``.
         """
 
-    @abstractmethod
     def jump(self, value: Tensor) -> Tensor:
-        """S · value, one jump of the jump chain.
+        """S · value, one jump of the jump chain. Either this or ``inflow`` is to be written; the other follows.
 
         Args:
             value: (..., N, D).
@@ -57,6 +60,14 @@ class Generator(ABC):
         Returns:
             (..., N, D), dtype of ``value``.
         """
+        total = self.jump_intensities().unsqueeze(-1)  # (..., N or 1, 1)
+        still = total == 0  # a token that nothing moves keeps its value
+        return torch.where(still, value, self.inflow(value) / total.masked_fill(still, 1)).to(value.dtype)
+
+    def prepare(self) -> None:
+        """Form what all jumps share, which else the first one forms."""
+        for part in self.parts:
+            part.prepare()
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -159,13 +170,10 @@ class Generator(ABC):
         """
 
     def check(self, atol: float | None = None) -> tuple[bool, str | None]:
-        """Say whether Q is a rate matrix; forms it, and on a GPU waits for it.
+        """Say whether Q is a rate matrix, ``(True, None)`` or ``(False, reason)``; forms it, and on a GPU waits for it.
 
         Args:
             atol: absolute tolerance; default by dtype and size.
-
-        Returns:
-            ``(True, None)`` or ``(False, reason)``.
         """
         return is_rate_matrix(self.dense(), atol)
 
@@ -218,9 +226,8 @@ class SumGenerator(Generator):
             raise GeneratorError(
                 f"parts: expected at least one Generator, got {got}; wrap matrices in DenseGenerator(Q)"
             )
-        self.parts: tuple[Generator, ...] = tuple(
-            q for part in parts for q in (part.parts if isinstance(part, SumGenerator) else (part,))
-        )
+        flat = (part.parts if isinstance(part, SumGenerator) else (part,) for part in parts)
+        self.parts = tuple(chain.from_iterable(flat))
         sizes = {part.num_states for part in self.parts}
         if len(sizes) > 1:
             raise ShapeError(f"parts: expected generators on the same tokens, got {sorted(sizes)}; sum what fits")
@@ -232,9 +239,6 @@ class SumGenerator(Generator):
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         return reduce(add, (part.apply(value) for part in self.parts))
-
-    def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        return normalized(self, value)
 
     def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
         return reduce(add, (part.inflow(value) for part in self.parts))
@@ -285,7 +289,7 @@ class ScaledGenerator(Generator):
         if not (low >= 0 and math.isfinite(high)):
             got = low if not low >= 0 else high
             raise GeneratorError(f"factor: expected 0 ≤ factor < inf, got {got:g}; −Q is no generator")
-        self.part, self.factor = part, factor
+        self.part, self.parts, self.factor = part, (part,), factor
         self.num_states, self.is_causal = part.num_states, part.is_causal
         self.dropout_p, self.drops_in_hops = part.dropout_p, part.drops_in_hops
         own = factor.shape[:-1] if isinstance(factor, Tensor) else torch.Size()
@@ -334,13 +338,6 @@ class ScaledGenerator(Generator):
         return (
             factor.unsqueeze(-1).to(torch.promote_types(dtype, factor.dtype)) if isinstance(factor, Tensor) else factor
         )
-
-
-def normalized(generator: Generator, value: Tensor) -> Tensor:
-    """S · value from ΛS · value; a token that nothing moves keeps its value."""
-    total = generator.jump_intensities().unsqueeze(-1)  # (..., N or 1, 1)
-    still = total == 0
-    return torch.where(still, value, generator.inflow(value) / total.masked_fill(still, 1)).to(value.dtype)
 
 
 def _joint_batch(*shapes: torch.Size) -> torch.Size:

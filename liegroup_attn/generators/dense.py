@@ -94,7 +94,7 @@ class DenseGenerator(Generator):
                 f"rates: expected nonnegative numbers, got {float(rates.detach().min()):g}; use a rate function such as softplus"
             )
         rates = at_least_float32(rates)
-        rho = check_jump_rates(jump_rates, rates.shape[:-1], rates)
+        rho = check_jump_rates(jump_rates, rates.shape[:-1], rates, True)
         off_diagonal = rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1))
         matrix = off_diagonal - torch.diag_embed(off_diagonal.sum(-1))
         generator = cls.__new__(cls)
@@ -193,6 +193,9 @@ def restricted(generator: Generator, visible: Visible) -> Generator:
         tensor([[ 0.,  0.],
                 [ 1., -1.]])
     """
+    if not isinstance(generator, Generator):
+        got = type(generator).__name__
+        raise GeneratorError(f"plus: expected a Generator, got {got}; wrap a matrix in DenseGenerator(Q)")
     if generator.is_causal and all(isinstance(part, Causal) for part in visible.parts):
         return generator
     n = generator.num_states

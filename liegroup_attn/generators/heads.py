@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liegroup_attn.checks import check_shape
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.generators.base import Generator, normalized
+from liegroup_attn.generators.base import Generator
 from liegroup_attn.tensors import at_least_float32, values_visible, without_autocast
 
 __all__ = ["HeadMixture"]
@@ -51,16 +51,13 @@ class HeadMixture(Generator):
                 f"weights: expected finite numbers ≥ 0, got {float(weights.detach().min()):g} to "
                 f"{float(weights.detach().max()):g}; keep them positive, e.g. on manifolds.PositiveVectors"
             )
-        self.part, self.weights = part, at_least_float32(weights)
+        self.part, self.parts, self.weights = part, (part,), at_least_float32(weights)
         self.num_states, self.is_causal = part.num_states, part.is_causal
         self.dropout_p, self.drops_in_hops = part.dropout_p, part.drops_in_hops
         self.batch_shape = torch.Size([*part.batch_shape[:-1], len(weights)])
 
     def apply(self, value: Tensor) -> Tensor:  # noqa: D102
         return self._summed(self.part.apply(self._side_by_side(value)), value).to(value.dtype)
-
-    def jump(self, value: Tensor) -> Tensor:  # noqa: D102
-        return normalized(self, value)
 
     def inflow(self, value: Tensor) -> Tensor:  # noqa: D102
         return self._summed(self.part.inflow(self._side_by_side(value)), value)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from liegroup_attn.errors import ShapeError
 from liegroup_attn.scores import Score
 from liegroup_attn.visible import Causal, Visible
 
@@ -44,10 +43,9 @@ class SoftmaxRows:
         raw = self._raw(tensors, start, stop, columns)
         scores = raw if self.score is None else self._acted(raw, tensors, start)
         if self.triangle:
-            b = stop - start
-            scores[..., start:] += torch.full(
-                (b, columns - start), -torch.inf, dtype=scores.dtype, device=scores.device
-            ).triu(1)
+            if self.score is not None and torch.is_grad_enabled():  # autograd may have saved what the score gave
+                scores = scores.clone()
+            scores[..., start:] += scores.new_full((stop - start, columns - start), -torch.inf).triu(1)
             return scores.softmax(-1)
         seen = tensors[2 + self.num_leaves :]
         allowed = self.visible.rows(start, stop, columns, seen, scores.device)
@@ -106,14 +104,7 @@ class SoftmaxRows:
     def _acted(self, raw: Tensor, tensors: Sequence[Tensor], start: int) -> Tensor:
         assert self.score is not None
         leaves = self.score.at(self.leaves(tensors), start, start + raw.size(-2))
-        block = self._in_batch(raw)
-        found = self.score.act(block, start, leaves)
-        if found.shape != block.shape:
-            raise ShapeError(
-                f"score: expected {type(self.score).__name__} to leave a block of scores {tuple(block.shape)} as it is, got "
-                f"{tuple(found.shape)}; act entry by entry"
-            )
-        return found.reshape(raw.shape)
+        return self.score.acted(self._in_batch(raw), start, leaves).reshape(raw.shape)
 
     def _in_batch(self, block: Tensor) -> Tensor:
         return block.view(*self.batch, *block.shape[-2:])

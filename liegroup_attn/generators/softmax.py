@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +84,12 @@ class SoftmaxGenerator(Generator):
         self.num_states, self.batch_shape, self.past = n, batch, past
         self.query, self.key = query, key
         self.scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-        check_scores(query, key, self.scale)
+        if not past:  # in decoding a look at each token would cost more than its attention
+            check_scores(query, key, self.scale)
         self.dropout_p = dropout_p
-        self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n - past]), query)
+        self.jump_rates = check_jump_rates(jump_rates, torch.Size([*batch, n - past]), query, not past)
         self._see(score, visible, is_causal, allow_open_mask)
-        self._kernel: tuple[Tensor | None, Tensor | None] | None = None
+        self._kernel: dict[bool, tuple[Tensor | None, Tensor | None]] = {}  # with and without gradients
 
     def _see(
         self, score: Score | Tensor | None, visible: Visible | Tensor | None, is_causal: bool, allow_open: bool
@@ -106,13 +108,28 @@ class SoftmaxGenerator(Generator):
         visible = Everything() if visible is None else visible
         self.visible = Causal() & visible if is_causal and not visible.is_causal else visible
         self.is_causal = self.visible.is_causal
-        for tensor in (*(() if self.score is None else self.score.leaves), *self.visible.tensors):
+        self.leaves = () if self.score is None else self.score.leaves
+        for tensor in (*self.leaves, *self.visible.tensors):
             if tensor.device != self.query.device:
                 raise GeneratorError(
                     f"score, visible: expected tensors on {self.query.device} as the query, got one on {tensor.device}; move it"
                 )
         if not (allow_open or self.past):
             check_closed(self.visible, self.num_states)
+
+    def first(self, items: int, tokens: int) -> SoftmaxGenerator:
+        """The chain among the first tokens of the first items of a batch (B, H): under a causal mask a part of this one."""
+        few = copy(self)
+        few.query, few.key = (x[:items, :, :tokens] for x in (self.query, self.key))
+        few.num_states = tokens
+        few.batch_shape = torch.broadcast_shapes(few.query.shape[:-2], few.key.shape[:-2])
+        few.score = None if self.score is None else self.score.of_items(items)
+        few.leaves = () if few.score is None else few.score.leaves
+        few.visible, few._kernel, few.dropout_p = self.visible.of_items(items), {}, 0.0
+        if self.jump_rates is not None:
+            rates = self.jump_rates.expand(*self.batch_shape, self.num_states)
+            few.jump_rates = rates[:items, :, :tokens]
+        return few
 
     @property
     def has_mask(self) -> bool:
@@ -125,11 +142,6 @@ class SoftmaxGenerator(Generator):
         query, key = (x.to(dtype) for x in flat)
         rows = SoftmaxRows(batch, self.score, self.visible, self.past)
         return Blockwise(rows, (self.scale * query, key, *self.leaves, *self.visible.tensors), self.jump_rates)
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """What the score may be differentiated by."""
-        return () if self.score is None else self.score.leaves
 
     def rows(self, start: int, stop: int) -> Tensor:  # noqa: D102
         if not self.past <= start < stop <= self.num_states:
@@ -165,6 +177,10 @@ class SoftmaxGenerator(Generator):
         ).to(value.dtype)
         return moved if no_target is None else torch.where(no_target, value, moved)
 
+    def prepare(self) -> None:  # noqa: D102
+        if self.score is None or self.score.adds:
+            self._kernel_mask()
+
     def _jump_by_rows(self, value: Tensor) -> Tensor:
         """A block of rows of S at a time."""
         found = []
@@ -178,25 +194,30 @@ class SoftmaxGenerator(Generator):
 
     def _kernel_mask(self) -> tuple[Tensor | None, Tensor | None]:
         """What kernels take, with rows without a target opened, and these rows (..., N, 1): formed once for all jumps."""
-        if self._kernel is None:
-            n, beside, no_target = self.num_states, self.has_mask, None
+        wanted = torch.is_grad_enabled()
+        if wanted not in self._kernel:
+            n, no_target = self.num_states, None
             with without_autocast(self.query):
                 bias = None if self.score is None else self.score.formed(n, n)
             # A bias or mask leaves no room for a kernel's own causal mask.
-            allowed = self.allowed() if beside else None
+            allowed = self.allowed() if self.has_mask else None
             if allowed is not None and not self.visible.own:
                 no_target = ~allowed.any(-1, keepdim=True)
                 allowed = allowed | no_target
-            only_causal = self.is_causal and not beside
-            self._kernel = biased_mask(bias, allowed, only_causal, self.query, self.key), no_target
-        return self._kernel
+            causal = self.is_causal and allowed is None
+            self._kernel[wanted] = biased_mask(bias, allowed, causal, self.query, self.key), no_target
+        return self._kernel[wanted]
 
     def scores(self) -> Tensor:
         """What the softmax is taken of, (..., N, N), float32 or float64; anything where hidden."""
         with without_autocast(self.query):
             query, key = at_least_float32(self.query), at_least_float32(self.key)
             scores = (self.scale * query) @ key.mT
-            return scores if self.score is None else self.score.act(scores, 0, self.score.leaves)
+            return (
+                scores
+                if self.score is None
+                else self.score.acted(scores, 0, self.score.at(self.leaves, 0, self.num_states))
+            )
 
     def allowed(self) -> Tensor | None:
         """Which targets take part, bool, broadcastable to (..., N, N); None means all."""
@@ -269,6 +290,8 @@ def _check_tokens(query: Tensor, key: Tensor, past: int) -> torch.Size:
     check_shape("query", query, least_rank=2, remedy="give (..., tokens, width)")
     check_shape("key", key, least_rank=2, remedy="give (..., tokens, width)")
     n = query.size(-2)
+    if not isinstance(past, int) or past < 0:
+        raise ShapeError(f"past: expected a whole number from 0, got {past!r}; count the tokens before the first query")
     if n == 0:
         raise ShapeError(
             f"query: expected at least 1 token, got shape {tuple(query.shape)}; drop empty sequences from the batch"
@@ -276,12 +299,14 @@ def _check_tokens(query: Tensor, key: Tensor, past: int) -> torch.Size:
     if key.size(-2) != n + past or key.size(-1) != query.size(-1):
         raise ShapeError(
             f"key: expected the query's tokens and width {tuple(query.shape)}, got {tuple(key.shape)}; a generator "
-            "needs queries and keys to be the same tokens (cross-attention has only first_hop=True, time=0)"
+            "needs queries and keys to be the same tokens; across tokens there is softmax attention alone"
         )
     if query.dtype != key.dtype:
         raise DtypeError(f"key: expected {query.dtype} as the query, got {key.dtype}; convert one of them")
     if query.size(-1) == 0:
         raise ShapeError(f"query: expected a width of at least 1, got shape {tuple(query.shape)}; scores need features")
+    if query.shape[:-2] == key.shape[:-2]:
+        return query.shape[:-2]
     try:
         return torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     except RuntimeError:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from litgpt.model import CausalSelfAttention, MultiheadLatentAttention, do_softcapping
+from litgpt.model import CausalSelfAttention, MultiheadLatentAttention
 from torch import Tensor, nn
 
 from liegroup_attn.errors import CacheError, MaskError
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.nn.lie_flow import LieFlow
+from liegroup_attn.scores import SoftCap
+from liegroup_attn.visible import Causal, Everything, Visible, Window
 
 __all__ = ["LieCausalSelfAttention"]
 
@@ -91,59 +93,46 @@ class LieCausalSelfAttention(CausalSelfAttention):
         scale = self.mscale * self.mscale / math.sqrt(self.config.attention_scores_scalar or self.config.head_size)
         if self._input_pos is not None:
             return self._decode(q, k, v, mask, scale)
-        closed = False
+        visible: Visible | Tensor = Causal() if mask is None else mask
         if self.apply_sliding_window_attention:
-            mask, closed = self._window(q.size(-2), mask)
-        causal = mask is None
-        if self.config.attention_logit_softcapping is not None:
-            q, k, mask, closed = *self._capped(q, k, mask, scale), causal or closed
-            scale, causal = 1.0, False
-        out, _ = self.lie(q, k, v, mask, is_causal=causal, scale=scale, closed=closed)
+            visible = Causal() & self._window(q.size(-2))
+        generator = self.lie.generator(q, k, v, score=self._cap(), visible=visible, scale=scale)
+        out: Tensor = self.lie(generator, v)
         return out.transpose(1, 2)
 
-    def _window(self, n: int, mask: Tensor | None) -> tuple[Tensor | None, bool]:
-        """The mask of a window, None where it sees all before; and whether it may be taken as it is."""
+    def _window(self, n: int) -> Visible:
+        """What a window shows; all, while it sees all before."""
         width = self.config.sliding_window_size
         if n <= width:
-            return None, True
+            return Everything()
         if not (self.lie.allow_open_mask or self.lie.is_still()):
             raise MaskError(
                 f"mask: expected a transitively closed one, got a sliding window of {width} over {n} tokens, through which "
                 "several hops lead further back; convert with allow_open_mask=True to let exp(tQ) fill it, or exclude "
                 "this module"
             )
-        return mask, True
+        return Window(width)
 
-    def _capped(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys of nothing, and a mask that holds the capped scores; without a mask causal."""
-        scores = do_softcapping(q @ k.mT * scale, self.config.attention_logit_softcapping)
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.size(-2) - q.size(-2))
-        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return torch.zeros_like(q[..., :1]), torch.zeros_like(k[..., :1]), scores
+    def _cap(self) -> SoftCap | None:
+        cap = self.config.attention_logit_softcapping
+        return None if cap is None else SoftCap(cap)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """New tokens after those whose keys and hops are kept."""
-        if self.lie.first_hop and self.lie.is_still():
+        if self.lie.is_softmax():
             self._forget()  # hops of the tokens that these keys replace
             out: Tensor = super().scaled_dot_product_attention(q, k, v, mask)
             return out
         start, stop = self._span(q.size(-2))
         past = self._past(q, start)
         k, v = k[..., :stop, :], v[..., start:stop, :]
-        mask = None if mask is None else mask[..., :stop]
-        if self.config.attention_logit_softcapping is not None:
-            q, k, mask = self._capped(q, k, mask, scale)
-            scale = 1.0
-        out, kept = self.lie.extend(q, k, v, past, mask, scale=scale)
+        shown = None if mask is None else mask[..., :stop]
+        score = self._cap()
+        generator = self.lie.generator(q, k, v, score=score, visible=shown, is_causal=True, scale=scale, past=start)
+        out, kept = self.lie.extend(generator, v, past)
         self.kv_cache.register_buffer("hops", torch.cat([past, kept], -2), persistent=False)
-        self.kv_cache.lie_settings = self._settings()
+        self.kv_cache.lie_settings = self.lie.settings
         return out.transpose(1, 2)
-
-    def _settings(self) -> tuple[object, ...]:
-        """What hops depend on besides tokens."""
-        flow = self.lie
-        return flow.time_scale, flow.max_time, flow.tol, str(flow.clock), flow.first_hop
 
     def _forget(self) -> None:
         """Nothing is kept, so that no later call goes on from it."""
@@ -181,9 +170,9 @@ class LieCausalSelfAttention(CausalSelfAttention):
                 f"input_pos: expected position 0, or one whose earlier tokens went through this cache with this flow, got "
                 f"{start}; give the prompt again, from position 0"
             )
-        if self.kv_cache.lie_settings != self._settings():
+        if self.kv_cache.lie_settings != self.lie.settings:
             raise CacheError(
-                f"input_pos: expected the settings that the cache was filled with {self.kv_cache.lie_settings}, got {self._settings()}; give "
+                f"input_pos: expected the settings that the cache was filled with {self.kv_cache.lie_settings}, got {self.lie.settings}; give "
                 "the prompt again, from position 0"
             )
         return hops[:, :, :start]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property, partial, reduce
+from operator import or_
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import Attention, AttentionLayers, AttentionPool
 
 from liegroup_attn.errors import CacheError, GeneratorError, ShapeError
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.generators import SoftmaxGenerator
+from liegroup_attn.masks import read_mask
+from liegroup_attn.nn.lie_flow import LieFlow
+from liegroup_attn.scores import Score, SoftCap, TensorBias
+from liegroup_attn.visible import Allowed, Everything, Visible
 
 __all__ = ["LieXAttention"]
 
@@ -146,27 +151,31 @@ class LieXAttend(Attend):
         causal = self.causal if self.flash or others.get("causal") is None else others["causal"]
         k, v = (x.repeat(1, q.size(1) // x.size(1), 1, 1) for x in (k, v))
         mask = mask[:, None, None] if mask is not None and mask.dim() == 2 else mask
-        closed = (mask is None or mask.size(-2) == 1) and (attn_bias is None or not _hides(attn_bias))
         clamp = self.logit_softclamp_value if self.softclamp_logits else None
-        scores = _Scores(q, k, self.scale, prev_attn, attn_bias, clamp)
-        formed = clamp is not None or prev_attn is not None
-        if causal and (formed or mask is not None or attn_bias is not None):
-            below = _below(q)
-            mask, causal = below if mask is None else mask & below, False
-        added = scores.clamped(scores.similarities()) if formed else attn_bias
-        if added is not None:
-            added = added.to(q.dtype) if mask is None else torch.where(mask, added.to(q.dtype), -torch.inf)
-        # Formed scores are all that is added: nothing of queries and keys beside them.
-        query, key = (torch.zeros_like(x[..., :1]) for x in (q, k)) if formed else (q, k)
-        mix = partial(self.lie, query, key, v, mask if added is None else added, is_causal=causal, scale=self.scale)
-        out, _ = mix(dropout_p=self.dropout if self.training else 0.0, closed=closed)
-        return out, Intermediates() if self.flash else _WhenAsked(scores, _below(q) if causal else mask, mix)
+        visible: Visible = Everything() if mask is None else Allowed(mask)
+        bias = attn_bias
+        if bias is not None and _hides(bias):
+            if clamp is None:
+                hidden, bias = read_mask(bias, bias.dtype)
+                visible = visible & hidden
+            else:  # what is clamped is not hidden
+                bias = bias.clamp_min(torch.finfo(bias.dtype).min / 4)
+        steps: list[Score] = [TensorBias(x.to(q.dtype)) for x in (prev_attn, bias) if x is not None]
+        steps += [] if clamp is None else [SoftCap(clamp)]
+        score, dropout = (reduce(or_, steps) if steps else None), self.dropout if self.training else 0.0
+        generator = self.lie.generator(
+            q, k, v, score=score, visible=visible, is_causal=causal, scale=self.scale, dropout_p=dropout
+        )
+        asked = (
+            Intermediates() if self.flash else _WhenAsked(generator, prev_attn, partial(self.lie.mixing, generator, v))
+        )
+        return self.lie(generator, v), asked
 
     def _only_softmax(self, q: Tensor, k: Tensor, attn_delta: Tensor | None) -> None:
         """Raise unless softmax attention is what the flow is: first hop, time 0."""
         time = self.lie.time
         wanted = torch.is_grad_enabled() and time.requires_grad  # a derivative by time, which only a square S has
-        if self.lie.first_hop and bool((time.detach() <= 0).all()) and (self.across or not wanted):
+        if self.lie.is_softmax(by_value=True) and (self.across or not wanted):
             return
         if self.across:
             raise ShapeError(
@@ -185,44 +194,25 @@ class LieXAttend(Attend):
         )
 
 
-class _Scores(NamedTuple):
-    """What a softmax would be taken of, in x-transformers' order of things."""
-
-    query: Tensor
-    key: Tensor
-    scale: float | None
-    previous: Tensor | None
-    bias: Tensor | None
-    clamp: float | None
-
-    def similarities(self) -> Tensor:
-        scale = self.query.size(-1) ** -0.5 if self.scale is None else self.scale
-        found = self.query @ self.key.mT * scale
-        return found if self.previous is None else found + self.previous
-
-    def clamped(self, similarities: Tensor) -> Tensor:
-        biased = similarities if self.bias is None else similarities + self.bias
-        return biased if self.clamp is None else (biased / self.clamp).tanh() * self.clamp
-
-
 class _WhenAsked(Intermediates):
     """Intermediates that are computed when they are looked at."""
 
-    def __init__(self, scores: _Scores, mask: Tensor | None, mix: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self._scores, self._mask, self._mix = scores, mask, mix
+    def __init__(self, generator: SoftmaxGenerator, previous: Tensor | None, weights: Callable[[], Tensor]) -> None:
+        self._generator, self._previous, self._weights = generator, previous, weights
 
     @cached_property
     def qk_similarities(self) -> Tensor:
-        return self._scores.similarities()
+        found = self._generator.query @ self._generator.key.mT * self._generator.scale
+        return found if self._previous is None else found + self._previous
 
     @cached_property
     def pre_softmax_attn(self) -> Tensor:
-        scores = self._scores.clamped(self.qk_similarities)
-        return scores if self._mask is None else scores.masked_fill(~self._mask, -torch.finfo(scores.dtype).max)
+        scores, allowed = self._generator.scores().to(self._generator.query.dtype), self._generator.allowed()
+        return scores if allowed is None else scores.masked_fill(~allowed, -torch.finfo(scores.dtype).max)
 
     @cached_property
     def post_softmax_attn(self) -> Tensor:
-        return self._mix(need_weights=True, closed=True)[1]
+        return self._weights()
 
 
 def _across(module: Any, parents: Sequence[nn.Module]) -> bool:
@@ -238,12 +228,6 @@ def _across(module: Any, parents: Sequence[nn.Module]) -> bool:
                 for (_, layer, _), kind in zip(owner.layers, owner.layer_types, strict=False)
             )
     return False
-
-
-def _below(query: Tensor) -> Tensor:
-    """Which tokens are no later than the row's, (N, N)."""
-    n = query.size(-2)
-    return torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
 
 
 def _hides(bias: Tensor) -> bool:

@@ -4,7 +4,7 @@ from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.callbacks import ExactResume, GeneratorMonitor
 from liegroup_attn.lightning.conversion import LieConversion, load_converted
 from liegroup_attn.lightning.convert_callback import ConvertAttention
-from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests, TransitionCounts
+from liegroup_attn.lightning.data import ByteCorpus, Digits, RandomForests
 from liegroup_attn.lightning.files import AtomicCheckpointIO
 from liegroup_attn.lightning.finetune import FineTune
 from liegroup_attn.lightning.guard import ManifoldGuard
@@ -12,7 +12,6 @@ from liegroup_attn.lightning.images import ImageClassifier
 from liegroup_attn.lightning.modules import LanguageModel, TokenClassifier
 from liegroup_attn.lightning.optim import RiemannianAdamW, RiemannianSGD
 from liegroup_attn.lightning.precision import ManifoldPrecision
-from liegroup_attn.lightning.rates import RateEstimator
 from liegroup_attn.lightning.sharding import replicate
 
 __all__ = [
@@ -29,11 +28,9 @@ __all__ = [
     "ManifoldGuard",
     "ManifoldPrecision",
     "RandomForests",
-    "RateEstimator",
     "RiemannianAdamW",
     "RiemannianSGD",
     "TokenClassifier",
-    "TransitionCounts",
     "build_optimizer",
     "load_converted",
     "replicate",

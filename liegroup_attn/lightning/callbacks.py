@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import SequentialSampler
 
-from liegroup_attn.lightning.diagnosis import diagnose, layer_inputs, matrices
+from liegroup_attn.lightning.diagnosis import layer_inputs, matrices
 from liegroup_attn.lightning.monitor import GeneratorMonitor
+from liegroup_attn.lightning.numbers import diagnose
 
 __all__ = ["ExactResume", "GeneratorMonitor", "diagnose", "layer_inputs", "matrices"]
 

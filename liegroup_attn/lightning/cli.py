@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     import liegroup_attn.lightning
 
     assert liegroup_attn.lightning
+    sys.path.insert(0, "")  # and so that it may name a class of the folder it is called from, as for ``python -m``
     try:
         if argv[0] in _EXPERIMENTS:
             _run_experiments(_EXPERIMENTS[argv[0]], argv)
@@ -126,7 +127,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run_experiments(module: str, argv: list[str]) -> None:
-    sys.path.insert(0, "")
     try:
         sys.argv = [f"liegroup-attn {argv[0]}", *argv[1:]]
         runpy.run_module(module, run_name="__main__")

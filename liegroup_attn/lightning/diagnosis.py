@@ -1,8 +1,8 @@
-"""What there is to see of one attention: its matrices S, Q and P(t), and numbers made from them."""
+"""The matrices S, Q and P(t) of one attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import Clock, FixedClock
-from liegroup_attn.lightning.numbers import CHEAP, NUMBERS
+from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.manifolds import ManifoldTensor, off_manifold
-from liegroup_attn.nn import LieFlow, SelfAttention, SoftmaxAttention
+from liegroup_attn.nn import Flow, LieFlow, SelfAttention
 
-__all__ = ["Look", "diagnose", "layer_inputs", "look_at_flow", "look_at_layer", "matrices"]
+__all__ = ["Look", "layer_inputs", "look_at_flow", "look_at_layer", "matrices"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class Look:
         chain: (B, H, N, N), S; None where there is none.
         flows: generators (…, H, N, N) by name, dense, along which values flow; none for softmax attention.
         time: (H, 1), t.
-        clock: the law of the time.
-        first_hop: whether a first hop comes before.
+        flow: the law of the time, and whether a first hop comes before; None for softmax attention.
         outside: how far its parameters are from where they live.
         title: of the mixing matrix.
     """
@@ -37,55 +35,41 @@ class Look:
     chain: Tensor | None
     flows: dict[str, Tensor]
     time: Tensor | None
-    clock: Clock
-    first_hop: bool
+    flow: Flow | None
     outside: Tensor | None
     title: str = "P(t)"
 
-    def numbers(self, names: Sequence[str] = CHEAP) -> dict[str, Tensor]:
-        """Numbers of ``NUMBERS`` that this attention has, by name."""
-        found = {name: NUMBERS[name](self) for name in names}
-        return {name: value.float() for name, value in found.items() if value is not None}
+    @property
+    def hops_first(self) -> bool:
+        """Whether the query jumps before the chain runs."""
+        return self.flow is not None and self.flow.first_hop
 
     def drawn(self, head: int = 0) -> dict[str, Tensor]:
         """S, Q and the mixing matrix of a head for the first sequence, copied; the last alone for softmax."""
         found = {} if self.chain is None else {"S": self.chain}
         shape = self.mixing.shape
-        title = f"S·{self.title}" if self.first_hop and self.flows else self.title  # the mixing matrix itself
+        title = f"S·{self.title}" if self.hops_first and self.flows else self.title  # the mixing matrix itself
         parts = {**found, **self.flows, title: self.mixing}
         return {name: m.expand(shape)[0, head].to(torch.float32, copy=True) for name, m in parts.items()}
 
 
 @torch.no_grad()
 def look_at_flow(
-    flow: LieFlow,
-    sequences: int,
-    max_tokens: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *rest: Any,
-    **options: Any,
+    flow: LieFlow, sequences: int, max_tokens: int, generator: SoftmaxGenerator, value: Tensor, method: Any = None
 ) -> Look:
-    """A converted attention, for a call with these arguments; those of ``LieFlow.forward``.
+    """A converted attention, for a call of its flow with these arguments.
 
     The first ``sequences`` items and ``max_tokens`` tokens. Under a causal mask that is part of what is executed; without
     one it is the chain among these tokens.
     """
-    n = min(query.size(-2), max_tokens)
-    q, k, v = (x.detach()[:sequences, :, :n] for x in (query, key, value))
-    mask = rest[0] if rest else options.get("attn_mask")
-    mask = None if mask is None else _cropped(mask.detach(), sequences, n)
-    same: dict[str, Any] = {name: options[name] for name in ("is_causal", "scale") if name in options}
-    if (bias := options.get("score_bias")) is not None:
-        same["score_bias"] = _cropped(bias.detach(), sequences, n)
+    few = generator.first(sequences, min(max_tokens, value.size(-2)))
     # Not flow(…): hooks are for the forward pass that is being looked at.
-    _, mixing = flow.forward(q, k, v, mask, need_weights=True, closed=True, **same)
-    generator = flow.generator(q, k, v, mask, **same)
+    eye = torch.eye(few.num_states, dtype=value.dtype, device=value.device)
+    mixing = flow.forward(few, eye.expand(*few.batch_shape, -1, -1), method)
     outside = (flow.time - flow.time.clamp(0, flow.max_time)).abs().max()
     time = flow.flow_time().float()
-    flows, clock = {"Q": generator.dense()}, flow.clock
-    return Look(mixing.float(), generator.jump_chain(), flows, time, clock, flow.first_hop, outside)  # type: ignore[union-attr]
+    chain = few.jump_chain()
+    return Look(mixing.float(), chain, {"Q": few.dense()}, time, flow, outside)
 
 
 @torch.no_grad()
@@ -100,24 +84,8 @@ def look_at_layer(layer: SelfAttention, x: Tensor, positions: Tensor | None = No
         time = next((time.float() for _, time in found.values()), None)
     points = [off_manifold(p, p.manifold) for p in layer.parameters() if isinstance(p, ManifoldTensor)]
     outside = torch.stack([p.float().max() for p in points]).max() if points else None
-    inside = getattr(layer, "lie", layer)  # of a converted one
-    clock = getattr(inside, "clock", None) or FixedClock()
-    title = "softmax" if isinstance(layer, SoftmaxAttention) and not flows else "P(t)"
-    return Look(mixing, chain, flows, time, clock, bool(getattr(inside, "first_hop", False)), outside, title)
-
-
-def _cropped(mask: Tensor, sequences: int, n: int) -> Tensor:
-    """Of a mask that broadcasts to (B, H, N, N), the first sequences and tokens; sizes of 1 stay."""
-    if mask.dim() > 3:
-        mask = mask[:sequences]
-    if mask.dim() > 1:
-        mask = mask[..., :n, :]
-    return mask[..., :n]
-
-
-def diagnose(layer: SelfAttention, x: Tensor, names: Sequence[str] = CHEAP) -> dict[str, float]:
-    """The monitor's numbers for one layer and its input (B, N, C)."""
-    return {name: float(value) for name, value in look_at_layer(layer, x).numbers(names).items()}
+    title = "softmax" if layer.flow is None else "P(t)"
+    return Look(mixing, chain, flows, time, layer.flow, outside, title)
 
 
 def matrices(layer: SelfAttention, x: Tensor, head: int = 0) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from liegroup_attn.lightning.outputs import (
     takes,
     targets_of,
 )
-from liegroup_attn.lightning.stored_flows import check_laws, law_of, warn_of_rounded_flows
+from liegroup_attn.lightning.stored_flows import check_laws, warn_of_rounded_flows
 from liegroup_attn.nn import LieFlow, restore_attention
 
 __all__ = ["FineTune"]
@@ -181,7 +181,7 @@ class FineTune(CheckedLoading):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _laws(self) -> dict[str, dict[str, Any]]:
-        return {name: law_of(flow) for name, flow in _flows(self.model).items()}
+        return {name: flow.law for name, flow in _flows(self.model).items()}
 
     def _call(self, model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Mapping):

@@ -9,13 +9,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.build import build_optimizer, warmup_cosine
 from liegroup_attn.lightning.files import CheckedLoading
 from liegroup_attn.lightning.optim import RiemannianSGD
+from liegroup_attn.lightning.stored_flows import refuse_resume
 from liegroup_attn.metrics import AccuracyByDepth, BitsPerByte, MulticlassAccuracy, Perplexity
-from liegroup_attn.nn import SelfAttention, Transformer
+from liegroup_attn.nn import Flow, LieAttention, SelfAttention, Transformer
 from liegroup_attn.nn.recipe import ROPE, defaults_of, in_parts, with_defaults
 from liegroup_attn.positional import PositionalEncoding
 
@@ -80,6 +80,17 @@ class Trained(CheckedLoading):
         checkpoint["attention"] = self._variant()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = [
+            LieAttention.of_today(checkpoint.get("state_dict", {}), f"{name}.")
+            for name, module in self.named_modules()
+            if isinstance(module, LieAttention)
+        ]
+        if any(before):
+            way, why = (
+                f"load it with {type(self).__name__}.load_from_checkpoint",
+                "has its states as they were before there were flows",
+            )
+            refuse_resume(getattr(self, "_trainer", None), checkpoint, way, why)
         state = self.state_dict()
         own = {name: tensor.shape for name, tensor in state.items()}
         # Strategies that shard load the parameters by themselves.
@@ -108,9 +119,10 @@ def _law(variant: Any) -> tuple[Any, ...]:
     names = [
         one["module"] if isinstance(one, Mapping) else one for one in (full.get("scores"), manifold or "RateMatrices")
     ]
-    clock = repr(clock_from(full.get("clock") or "FixedClock"))
-    told = [full.get(key) for key in ("module", "first_hop", "rate_fn", "ordered", "bias_as", "num_heads")]
-    return *told, *names, clock, full.get("max_time") or 2 * full.get("time", 0), _positions(variant)
+    own = {key: value for key, value in full.items() if key in defaults_of(Flow) and key != "method"}
+    law = Flow(1, 1, **own).law if full["module"] in ("LieAttention", "LieMixer") else None
+    told = [full.get(key) for key in ("module", "rate_fn", "ordered", "bias_as", "num_heads")]
+    return *told, *names, law, _positions(variant)
 
 
 def _positions(variant: Any) -> dict[str, Any] | None:
@@ -128,7 +140,7 @@ class LanguageModel(Trained):
     """A causal Transformer that predicts the next token; bytes by default.
 
     Args:
-        attention: recipe, e.g. ``{"module": "LieAttention", "first_hop": True, "clock": "ExponentialClock"}``.
+        attention: recipe, e.g. ``{"module": "LieAttention", "clock": "ExponentialClock"}``.
         vocab_size: number of tokens; 256 for bytes.
         width: C, model width.
         depth: number of blocks.

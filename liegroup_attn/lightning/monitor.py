@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.lightning.diagnosis import diagnose, layer_inputs, matrices
-from liegroup_attn.lightning.numbers import chosen_numbers
+from liegroup_attn.lightning.diagnosis import layer_inputs, matrices
+from liegroup_attn.lightning.numbers import chosen_numbers, diagnose
 from liegroup_attn.lightning.watch import Watch
 from liegroup_attn.nn import LieFlow, SelfAttention
 from liegroup_attn.plots import plot_matrices

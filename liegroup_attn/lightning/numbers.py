@@ -1,10 +1,9 @@
-"""The monitor's numbers: a table from name to what is computed of one attention. A new one is one line."""
+"""What ``GeneratorMonitor`` can log: name → function of one attention. A new one is one line."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from liegroup_attn.algebra import detailed_balance_residual, mixing_time, spectral_gap
 from liegroup_attn.algebra.chains import one_closed_class
 from liegroup_attn.errors import ConvergenceError, GeneratorError
+from liegroup_attn.lightning.diagnosis import Look, look_at_layer
 from liegroup_attn.metrics import (
     attention_entropy,
     distance_to_softmax,
@@ -22,11 +22,9 @@ from liegroup_attn.metrics import (
     sink_mass,
     stationary_mass,
 )
+from liegroup_attn.nn import SelfAttention
 
-if TYPE_CHECKING:
-    from liegroup_attn.lightning.diagnosis import Look
-
-__all__ = ["CHEAP", "NUMBERS", "chosen_numbers"]
+__all__ = ["CHEAP", "NUMBERS", "chosen_numbers", "diagnose", "numbers_of"]
 
 HEADS = 4  # of one sequence: what is computed matrix by matrix takes up to a third of a second for each of 128 tokens
 
@@ -81,6 +79,17 @@ NUMBERS: dict[str, Number] = {
 CHEAP = ("time", "exit_rate", "expected_hops", "entropy", "row_error")
 
 
+def numbers_of(look: Look, names: Sequence[str] = CHEAP) -> dict[str, Tensor]:
+    """Numbers of ``NUMBERS`` that an attention has, by name."""
+    found = {name: NUMBERS[name](look) for name in names}
+    return {name: value.float() for name, value in found.items() if value is not None}
+
+
+def diagnose(layer: SelfAttention, x: Tensor, names: Sequence[str] = CHEAP) -> dict[str, float]:
+    """The monitor's numbers for one layer and its input (B, N, C)."""
+    return {name: float(value) for name, value in numbers_of(look_at_layer(layer, x), names).items()}
+
+
 def chosen_numbers(metrics: str | Sequence[str] | None) -> tuple[str, ...]:
     """Names: None is the cheap ones, "all" all, else those given.
 
@@ -101,9 +110,9 @@ def _hops(look: Look) -> Tensor | None:
     """Mean number of moves along all flows, the first hop included."""
     if look.time is None:
         return None
-    time = look.time.squeeze(-1)  # (H,)
-    total = _sum([_moves(q, time, look.clock.resolvents).mean() for q in look.flows.values()])
-    return None if total is None else total + float(look.first_hop)
+    time, resolvents = look.time.squeeze(-1), None if look.flow is None else look.flow.clock.resolvents
+    total = _sum([_moves(q, time, resolvents).mean() for q in look.flows.values()])
+    return None if total is None else total + float(look.hops_first)
 
 
 def _moves(generator: Tensor, time: Tensor, resolvents: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What other people's models take and return, and the loss against a teacher."""
+"""Reads logits, labels and loss from batches and outputs of other people's models; the loss against a teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Riemannian optimizers refuse, before anything changes."""
+"""Argument checks of the Riemannian optimizers."""
 
 from __future__ import annotations
 

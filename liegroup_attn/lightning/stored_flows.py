@@ -1,4 +1,4 @@
-"""What a checkpoint says of flows, beside what a model has: options as plain values, names, clocks."""
+"""Checks that a checkpoint's flows fit the model's: options, names, laws."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from liegroup_attn.clocks import Clock, clock_from
+from liegroup_attn.clocks import Clock
 from liegroup_attn.errors import ConversionError
 from liegroup_attn.nn import LieFlow
+from liegroup_attn.options import options_of
 
 __all__ = [
     "LIE_NAME",
@@ -22,7 +23,6 @@ __all__ = [
     "check_laws",
     "check_options",
     "fit_state",
-    "law_of",
     "plain_options",
     "refuse_resume",
     "warn_of_rounded_flows",
@@ -50,25 +50,19 @@ def plain_options(options: Any, where: str = "lie_attention") -> Any:
     )
 
 
-def _law(options: Any) -> tuple[Any, ...] | None:
-    """What a flow computes that neither names nor values of its parameters tell."""
-    if not isinstance(options, dict):
-        return None
-    return options.get("first_hop", True), repr(clock_from(options.get("clock") or "FixedClock"))
-
-
 def check_law(stored: Any, own: Any) -> None:
     """Raise unless both options, where both convert, mean the same clock and first hop."""
-    first, second = _law(stored), _law(own)
-    if first is not None and second is not None and first != second:
+    laws = [_of_options(options) for options in (stored, own) if isinstance(options, dict)]
+    if len(laws) == 2 and laws[0] != laws[1]:
         raise ConversionError(
-            f"checkpoint: expected flows with (first_hop, clock) = {second}, got {first}; convert with lie_attention={stored}"
+            f"checkpoint: expected flows with {laws[1]}, got {laws[0]}; convert with lie_attention={stored}"
         )
 
 
-def law_of(flow: LieFlow) -> dict[str, Any]:
-    """What a flow computes that its parameters do not tell, as plain values."""
-    return {"clock": repr(flow.clock), "first_hop": flow.first_hop, "max_time": flow.max_time}
+def _of_options(options: dict[str, Any]) -> dict[str, object]:
+    """Of the law that flows with these options have, what values of parameters cannot show."""
+    known = {name: options[name] for name in options_of(LieFlow) if options.get(name) is not None}
+    return {name: value for name, value in LieFlow(1, 1, **known).law.items() if name != "max_time"}
 
 
 def check_laws(stored: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> None:
@@ -87,13 +81,13 @@ def check_options(model: nn.Module, names: Iterable[str], options: dict[str, Any
 
     Not ``time`` and ``rate``, which are initial values.
     """
-    wanted = {**options, "clock": repr(clock_from(options.get("clock") or "FixedClock"))}
+    wanted = options | _of_options(options)
     include, exclude = ([p] if isinstance(p, str) else p or [] for p in (options["include"], options["exclude"]))
     for name in names:
         flow = model.get_submodule(name).lie
         if not isinstance(flow, LieFlow):
             continue
-        there = law_of(flow) | {"learn_time": isinstance(flow.time, nn.Parameter), "learn_rates": flow.learn_rates}
+        there = flow.law | {"learn_time": isinstance(flow.time, nn.Parameter), "learn_rates": flow.learn_rates}
         there |= {"tol": flow.tol, "allow_open_mask": flow.allow_open_mask}
         apart = [f"{key}={value!r}" for key, value in there.items() if wanted[key] != value]
         if include and not any(fnmatchcase(name, p) for p in include):
@@ -134,12 +128,11 @@ def fit_state(module: nn.Module, state: dict[str, Tensor], from_plain: bool, rem
     )
 
 
-def refuse_resume(trainer: Any, checkpoint: dict[str, Any], remedy: str) -> None:
+def refuse_resume(trainer: Any, checkpoint: dict[str, Any], remedy: str, why: str = "knows no flow") -> None:
     """A fit would go on with the optimizer's states, which are of other parameters."""
     if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
         raise ConversionError(
-            f"ckpt_path: expected a checkpoint of a converted model to resume, got one whose optimizer knows no flow; {remedy} "
-            "and fit without ckpt_path"
+            f"ckpt_path: expected a checkpoint of this model to resume, got one whose optimizer {why}; {remedy} and fit without ckpt_path"
         )
 
 

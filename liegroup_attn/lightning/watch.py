@@ -1,4 +1,4 @@
-"""Looks at every attention of a model during one forward pass, by hooks that leave no trace."""
+"""Forward hooks that look at each attention of a model once, and leave no trace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.lightning.diagnosis import Look, look_at_flow, look_at_layer
+from liegroup_attn.lightning.numbers import numbers_of
 from liegroup_attn.nn import LieFlow, SelfAttention
 
 __all__ = ["Watch"]
@@ -75,7 +76,7 @@ class Watch:
         with torch.no_grad(), torch.autocast(device, dtype, on, cache_enabled=False):
             look = self._look_at(module, args, kwargs)
             self.drawn[name] = look.drawn()
-            self._found[name] = look.numbers(self._names)
+            self._found[name] = numbers_of(look, self._names)
 
     def _look_at(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Look:
         sequences, max_tokens = self._sizes

@@ -27,6 +27,7 @@ def attention_entropy(transition: Tensor) -> Tensor:
         (..., N), nats, between 0 (one target) and ln M (all targets alike).
 
     Raises:
+        DtypeError: not floating point.
         ShapeError: fewer than two dimensions.
 
     Example:
@@ -47,6 +48,7 @@ def row_stochasticity_error(transition: Tensor) -> Tensor:
         (...,), the worst violation in each matrix; NaN if it holds NaN.
 
     Raises:
+        DtypeError: not floating point.
         ShapeError: fewer than two dimensions.
 
     Example:

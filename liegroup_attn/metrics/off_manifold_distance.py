@@ -39,11 +39,9 @@ class OffManifoldDistance(Worst):
     """
 
     is_differentiable = False
-    higher_is_better = False
-    plot_lower_bound = 0.0
 
     def __init__(self, manifold: geoopt.Manifold | None = None, **kwargs: Any) -> None:
-        super().__init__(*(() if manifold is None else (manifold,)), **kwargs)
+        super().__init__(settings=() if manifold is None else (manifold,), **kwargs)
         self.manifold = manifold
 
     def update(self, x: Tensor) -> None:

@@ -2,16 +2,17 @@
 
 from liegroup_attn.nn.attention import SelfAttention, SoftmaxAttention
 from liegroup_attn.nn.cache import AttentionCache, TransformerCache
-from liegroup_attn.nn.convert import ConversionReport, ConvertedLayer, convert_attention, restore_attention
-from liegroup_attn.nn.flow import LieFlow
-from liegroup_attn.nn.flow_attention import FlowAttention
+from liegroup_attn.nn.convert import convert_attention, restore_attention
+from liegroup_attn.nn.flow import Flow, scale_time
 from liegroup_attn.nn.fold import fold_encoding
 from liegroup_attn.nn.generation import sample
 from liegroup_attn.nn.learned import LearnedGenerator, LearnedSum, RateMatrix, RelativeRates
-from liegroup_attn.nn.lie import LieAttention, scale_time
+from liegroup_attn.nn.lie import LieAttention
+from liegroup_attn.nn.lie_flow import LieFlow
 from liegroup_attn.nn.mixer import LieMixer
 from liegroup_attn.nn.multihead import LieMultiheadAttention
 from liegroup_attn.nn.recipe import build_attention, build_encoding
+from liegroup_attn.nn.report import ConversionReport, ConvertedLayer
 from liegroup_attn.nn.scores import BilinearScores, RateScores, SkewScores, SpectralScores, SymmetricScores
 from liegroup_attn.nn.streams import Residual, ResidualStreams
 from liegroup_attn.nn.transformer import Transformer
@@ -21,7 +22,7 @@ __all__ = [
     "BilinearScores",
     "ConversionReport",
     "ConvertedLayer",
-    "FlowAttention",
+    "Flow",
     "LearnedGenerator",
     "LearnedSum",
     "LieAttention",

@@ -1,29 +1,31 @@
-"""Self-attention modules with the same projections; only ``mix`` differs."""
+"""Self-attention layers: projections, positions, caches; a flow mixes values, or a softmax alone."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liegroup_attn.checks import check_shape
-from liegroup_attn.errors import CacheError, MaskError, ShapeError
-from liegroup_attn.generators import Generator
+from liegroup_attn.errors import CacheError, MaskError
+from liegroup_attn.expm import Method
+from liegroup_attn.generators import Generator, SoftmaxGenerator
 from liegroup_attn.masks import biased_mask
 from liegroup_attn.nn.cache import AttentionCache
-from liegroup_attn.nn.scores import BilinearScores
-from liegroup_attn.positional import BiasEncoding, RotationEncoding
-from liegroup_attn.resettable import Resettable
-from liegroup_attn.tensors import without_autocast
+from liegroup_attn.nn.flow import Flow
+from liegroup_attn.nn.lie_flow import LieFlow
+from liegroup_attn.nn.projections import Inputs, Projections
+from liegroup_attn.options import takes_options_of
+from liegroup_attn.positional import BiasEncoding
+from liegroup_attn.tensors import of_heads
 
 __all__ = ["SelfAttention", "SoftmaxAttention"]
 
 
-class SelfAttention(Resettable, ABC):
-    """Multi-head self-attention but for how values are mixed.
+class SelfAttention(Projections):
+    """Multi-head self-attention: along a flow, or by a softmax where there is none.
 
     Args:
         embed_dim: C, model width.
@@ -42,165 +44,20 @@ class SelfAttention(Resettable, ABC):
             causal mask without one.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        is_causal: bool = False,
-        encoding: RotationEncoding | BiasEncoding | None = None,
-        scores: BilinearScores | None = None,
-        dropout: float = 0.0,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim % num_heads or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ShapeError(
-                f"num_heads: expected a divisor of embed_dim={embed_dim} and a multiple of num_kv_heads={num_kv_heads}, "
-                f"got {num_heads}; change one of the three"
-            )
-        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_width = embed_dim // num_heads
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected 0 ≤ dropout < 1, got {dropout}; choose a probability")
-        self.is_causal = is_causal
-        self.dropout = dropout
-        self.encoding = encoding
-        self._check_encoding()
-        self._make_scores(scores, bias)
-        self.v_proj = nn.Linear(embed_dim, num_kv_heads * self.head_width, bias=bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-
-    def _check_encoding(self) -> None:
-        encoding = self.encoding
-        if encoding is None:
-            return
-        if not isinstance(encoding, RotationEncoding | BiasEncoding):
-            raise TypeError(
-                f"encoding: expected a RotationEncoding or BiasEncoding, got {type(encoding).__name__}; build_encoding makes one "
-                "of a recipe, absolute encodings are added to the tokens before the first layer"
-            )
-        if isinstance(encoding, RotationEncoding):
-            if encoding.head_width != self.head_width:
-                raise ShapeError(
-                    f"encoding: expected head_width={self.head_width}, got {encoding.head_width}; it is embed_dim // num_heads"
-                )
-            if encoding.num_heads not in (None, self.num_kv_heads):
-                raise ShapeError(
-                    f"encoding: expected num_heads={self.num_kv_heads}, got {encoding.num_heads}; one R per key head"
-                )
-        elif encoding.num_heads != self.num_heads:
-            raise ShapeError(
-                f"encoding: expected num_heads={self.num_heads}, got {encoding.num_heads}; one bias per query head"
-            )
-        if encoding.causal_only and not self.is_causal:
-            raise MaskError(
-                f"encoding: expected is_causal=True beside {type(encoding).__name__}, got False; it means something for "
-                "earlier tokens alone"
-            )
-        if (looks_back := getattr(encoding, "is_causal", self.is_causal)) != self.is_causal:
-            raise MaskError(
-                f"encoding: expected is_causal={self.is_causal} as the layer's, got {type(encoding).__name__} with "
-                f"{looks_back}; build it for this layer"
-            )
-
-    def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
-        """Two projections, or the module that stands for them."""
-        self.scores = scores
-        if scores is None:
-            self.q_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias)
-            self.k_proj = nn.Linear(self.embed_dim, self.num_kv_heads * self.head_width, bias=bias)
-            return
-        sizes = self.embed_dim, self.num_heads, self.num_kv_heads
-        if sizes != (scores.embed_dim, scores.num_heads, scores.num_heads):
-            raise ShapeError(
-                f"scores: expected embed_dim, num_heads and num_kv_heads {sizes} with as many key heads, got "
-                f"{scores.embed_dim}, {scores.num_heads}; make them for this layer and leave num_kv_heads out"
-            )
-        if scores.symmetric and (self.is_causal or self.encoding is not None):
-            raise MaskError(
-                f"scores: expected is_causal=False and encoding=None with {type(scores).__name__}, got one of them; they "
-                "break the symmetry, embed positions in the tokens instead"
-            )
-
-    def extra_repr(self) -> str:  # noqa: D102
-        return f"{self.embed_dim}, num_heads={self.num_heads}, is_causal={self.is_causal}, dropout={self.dropout}"
-
-    @abstractmethod
-    def mix(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """Mix values over tokens.
-
-        Args:
-            x: (B, N, C), the layer's input.
-            query: (B, H, N, D).
-            key: (B, H_kv, N, D).
-            value: (B, H_kv or H, N, any width).
-            attn_mask: broadcastable to (B, H, N, N), bool (True = takes part) or float.
-            bias: of the positions, broadcastable to (B, H, N, N).
-
-        Returns:
-            (B, H, N, width of value).
-        """
-
-    @abstractmethod
-    def extend(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: AttentionCache,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """Mix values of new tokens with all before them, and keep what later ones need.
-
-        Args:
-            x: (B, N, C), the new tokens.
-            query: (B, H, N, D).
-            key: (B, H_kv, N, D).
-            value: (B, H_kv, N, D).
-            cache: of the earlier tokens, checked; the new ones are appended.
-            bias: of the positions, broadcastable to (B, H, N, earlier and new tokens).
-
-        Returns:
-            (B, H, N, D).
-        """
-
-    @abstractmethod
-    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:
-        """What a cache keeps of a token beside its key of some dtype: heads, width and dtype."""
-
-    def cache_settings(self) -> tuple[object, ...]:
-        """What cached values depend on besides the tokens."""
-        return ()
+    flow: Flow | None
 
     @property
     def can_cache(self) -> bool:
         """Whether ``new_cache`` gives one."""
-        contextual = isinstance(self.encoding, BiasEncoding) and self.encoding.contextual
-        return self.is_causal and not contextual
+        return self._why_no_cache() is None
 
-    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:
-        """The generators along which values flow, and for how long; the last one first. None for softmax attention.
-
-        Args:
-            x: (B, N, C), the layer's input.
-            positions: as in ``forward``.
-
-        Returns:
-            Name → generator on (B, H, N, N) or (H, N, N), and times (H, 1).
-        """
-        return {}
+    def _why_no_cache(self) -> str | None:
+        if not self.is_causal:
+            return "expected a layer with is_causal=True, got False; later tokens would change earlier ones"
+        if isinstance(self.encoding, BiasEncoding) and self.encoding.contextual:
+            name = type(self.encoding).__name__
+            return f"expected positions that tokens do not change, got {name}; generate with use_cache=False"
+        return None
 
     def new_cache(
         self,
@@ -224,23 +81,23 @@ class SelfAttention(Resettable, ABC):
         Raises:
             CacheError: the layer is not causal, or sizes < 1.
         """
-        if not self.is_causal:
-            raise CacheError(
-                "cache: expected a layer with is_causal=True, got False; later tokens would change earlier ones"
-            )
-        if isinstance(self.encoding, BiasEncoding) and self.encoding.contextual:
-            raise CacheError(
-                f"cache: expected positions that tokens do not change, got {type(self.encoding).__name__}; generate with "
-                "use_cache=False"
-            )
+        if reason := self._why_no_cache():
+            raise CacheError(f"cache: {reason}")
         if batch_size < 1 or max_tokens < 1:
             raise CacheError(f"cache: expected batch_size, max_tokens ≥ 1, got {batch_size}, {max_tokens}; make room")
         weight = self.v_proj.weight
         dtype, device = weight.dtype if dtype is None else dtype, weight.device if device is None else device
-        heads, width, kept = self.cached_values(dtype)
+        heads, width, kept = self.num_kv_heads, self.head_width, dtype
+        if self.flow is not None:  # half precision would round each hop
+            kept = torch.promote_types(dtype, torch.float32)
+            heads, width = self.num_heads, self.flow.num_kept(dtype) * width
         keys = torch.zeros(batch_size, self.num_kv_heads, max_tokens, self.head_width, dtype=dtype, device=device)
         values = torch.zeros(batch_size, heads, max_tokens, width, dtype=kept, device=device)
-        return AttentionCache(self, keys, values, self.cache_settings())
+        return AttentionCache(self, keys, values, self._settings())
+
+    def _settings(self) -> tuple[object, ...]:
+        """What cached values depend on besides the tokens."""
+        return () if self.flow is None else self.flow.settings
 
     def forward(
         self,
@@ -268,105 +125,107 @@ class SelfAttention(Resettable, ABC):
             MaskError: a mask beside a cache.
         """
         if cache is None:
-            mixed = self.mix(x, *self._inputs(x, positions, attn_mask))  # (B, H, N, D)
+            inputs = self._inputs(x, positions, attn_mask)
+            mixed = self._mix(inputs, inputs.value)  # (B, H, N, D)
         else:
             if attn_mask is not None:
                 raise MaskError("attn_mask: expected None beside a cache, got a mask; decode sequences of equal length")
             if self.training and self.dropout:
                 raise CacheError("cache: expected a layer in eval mode, got one that drops entries; call .eval()")
-            bias = self._bias_of_new(cache, x, positions)
-            self._check_positions(x, positions)
-            if positions is None:
-                positions = torch.arange(cache.length, cache.length + x.size(-2), device=x.device)
-            query, key, value = self._project(x, positions)
-            cache.check(self, key, self.cache_settings())
-            mixed = self.extend(x, query, key, value, cache, bias)  # (B, H, N, D)
+            inputs = self._inputs(x, positions, None, cache)
+            cache.check(self, inputs.key, self._settings())
+            mixed = self._extend(inputs, cache)  # (B, H, N, D)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def generator(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Generator:
+        """Q of the layer's input, all that is added included.
+
+        Args:
+            x: (B, N, C); it and all else as in ``forward``.
+
+        Returns:
+            The generator on (B, H, N, N).
+        """
+        return self._generator(self._inputs(x, positions, attn_mask))
+
+    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:
+        """The generators along which values flow, and for how long; the last one first. None for softmax attention.
+
+        Args:
+            x: (B, N, C); it and all else as in ``forward``.
+
+        Returns:
+            Name → generator on (B, H, N, N) or (H, N, N), and times (H, 1).
+        """
+        return {} if self.flow is None else {"Q": (self.generator(x, positions=positions), self.flow.flow_time())}
 
     def mixing_matrix(self, x: Tensor, attn_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """What multiplies the values: softmax weights, exp(tQ), or what the switches make of it.
 
         Args:
-            x: (B, N, C), the layer's input.
-            attn_mask: as in ``forward``.
-            positions: as in ``forward``.
+            x: (B, N, C); it and all else as in ``forward``.
 
         Returns:
             (B, H, N, N); rows sum to 1 (without dropout).
         """
-        query, key, value, mask, bias = self._inputs(x, positions, attn_mask)
-        eye = torch.eye(x.size(1), dtype=value.dtype, device=x.device)
-        return self.mix(x, query, key, eye.expand(*value.shape[:2], -1, -1), mask, bias)
+        inputs = self._inputs(x, positions, attn_mask)
+        eye = torch.eye(x.size(1), dtype=inputs.value.dtype, device=x.device)
+        return self._mix(inputs, eye.expand(len(x), inputs.value.size(1), -1, -1))
 
-    def _inputs(
-        self, x: Tensor, positions: Tensor | None, attn_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What ``mix`` takes beside x."""
-        self._check_positions(x, positions)
-        query, key, value = self._project(x, positions)
-        bias = self.encoding(x, query, key, positions) if isinstance(self.encoding, BiasEncoding) else None
-        return query, key, value, attn_mask, bias
+    def _mix(self, inputs: Inputs, value: Tensor) -> Tensor:
+        """Values (B, H_kv, N, any width), mixed over tokens."""
+        dropout = self.dropout if self.training else 0.0
+        if self.flow is not None:
+            mixed: Tensor = self.flow(self._generator(inputs, dropout), value, self._method())
+            return mixed
+        query, key = inputs.query, inputs.key
+        n = query.size(-2)
+        bias = None if inputs.score is None else inputs.score.formed(n, n)
+        mask = biased_mask(bias, inputs.attn_mask, self.is_causal, query, key)
+        causal = self.is_causal and mask is None
+        grouped = self.num_kv_heads != self.num_heads
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, enable_gqa=grouped)
 
-    def _check_positions(self, x: Tensor, positions: Tensor | None) -> None:
-        """Two dimensions could be items or heads."""
-        if positions is None or self.encoding is None:
-            return
-        if not isinstance(positions, Tensor):
-            raise TypeError(f"positions: expected a tensor, got {type(positions).__name__}; use torch.as_tensor")
-        shape = positions.shape[:-1] if self.encoding.axes > 1 else positions.shape
-        items = len(shape) == 3 and shape[0] in (1, x.size(0)) and shape[1] == 1
-        if not ((len(shape) == 1 or items) and shape[-1] in (1, x.size(-2))):
-            several = f", {self.encoding.axes}" if self.encoding.axes > 1 else ""
-            raise ShapeError(
-                f"positions: expected ({x.size(-2)}{several}) or ({x.size(0)}, 1, {x.size(-2)}{several}), got "
-                f"{tuple(positions.shape)}; index them as (batch, 1, token{', axis' if several else ''})"
+    def _generator(self, inputs: Inputs, dropout_p: float = 0.0) -> Generator:
+        flow = self.flow
+        like: dict[str, Any] = {"score": inputs.score, "is_causal": self.is_causal, "dropout_p": dropout_p}
+        if flow is None:
+            return SoftmaxGenerator(
+                inputs.query, of_heads(inputs.key, self.num_heads), visible=inputs.attn_mask, **like
             )
+        return flow.generator(inputs.query, inputs.key, self._features(inputs), visible=inputs.attn_mask, **like)
 
-    def _bias_of_new(self, cache: AttentionCache, x: Tensor, positions: Tensor | None) -> Tensor | None:
-        """The bias between new tokens and all so far."""
-        if not isinstance(self.encoding, BiasEncoding):
-            return None
-        if positions is not None:
-            raise CacheError(
-                f"positions: expected None beside a cache with {type(self.encoding).__name__}, got some; the cache knows no "
-                "positions of earlier tokens, they count from 0"
-            )
-        seen = torch.arange(cache.length + x.size(-2), device=x.device).unsqueeze(-1)
-        seen = seen.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        with without_autocast(x):
-            return self.encoding.between(seen[cache.length :], seen.mT)  # (H, new, all)
+    def _features(self, inputs: Inputs) -> Tensor:
+        """What jump rates are made from."""
+        return inputs.value
 
-    def _values(self, x: Tensor) -> Tensor:
-        check_shape("x", x, least_rank=3, remedy="give (batch, tokens, width)")
-        if x.dim() != 3 or x.size(-1) != self.embed_dim:
-            raise ShapeError(f"x: expected (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}; match embed_dim")
-        return self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
+    def _method(self) -> Method | None:
+        """In the place of the flow's own."""
+        return None
 
-    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        value = self._values(x)
-        if self.scores is not None:
-            query, key = self.scores(x)
-        else:
-            query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
-            key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # (B, H_kv, N, D)
-        if isinstance(self.encoding, RotationEncoding):
-            query, key = self.encoding.rotate(query, key, positions)
-        bias = None if self.scores is None else self.scores.key_bias(x)
-        return (query, key, value) if bias is None else (*_with_bias(query, key, bias), value)
-
-
-def _with_bias(query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """One more feature, so that q·k/√(D + 1) is what q·k/√D + bias was: (B, H, N, D + 1)."""
-    width = query.size(-1)
-    one = torch.full_like(query[..., :1], math.sqrt(width + 1))
-    return (
-        torch.cat([query * math.sqrt((width + 1) / width), one], -1),
-        torch.cat([key, bias.unsqueeze(-1).to(key.dtype)], -1),
-    )
+    def _extend(self, inputs: Inputs, cache: AttentionCache) -> Tensor:
+        """Mix values of new tokens with all before them, and keep what later ones need."""
+        query, key, value = inputs.query, inputs.key, inputs.value
+        past, new = cache.length, query.size(-2)
+        stop, flow = past + new, self.flow
+        cache.keys[:, :, past:stop] = key
+        keys = cache.keys[:, :, :stop]
+        if flow is not None:
+            features = self._features(inputs)
+            generator = flow.generator(query, keys, features, score=inputs.score, is_causal=True, past=past)
+            mixed, kept = flow.extend(generator, value, cache.values[:, :, :past])
+            cache.append(key, kept)
+            return mixed
+        cache.append(key, value)
+        # A single token sees all; several see the past and one another causally.
+        mask = torch.ones(new, stop, dtype=torch.bool, device=query.device).tril(past) if new > 1 else None
+        mask = biased_mask(None if inputs.score is None else inputs.score.formed(new, stop), mask, False, query, key)
+        grouped = self.num_kv_heads != self.num_heads
+        return F.scaled_dot_product_attention(query, keys, cache.values[:, :, :stop], mask, enable_gqa=grouped)
 
 
 class SoftmaxAttention(SelfAttention):
-    """Standard attention: values are mixed by S = softmax(scores).
+    """Standard attention: values are mixed by S = softmax(scores). With a ``flow``, which ``convert_attention`` gives it, a drop-in.
 
     Args: those of ``SelfAttention``.
 
@@ -378,47 +237,36 @@ class SoftmaxAttention(SelfAttention):
     Source: [Vaswani2017]_.
     """
 
-    def mix(  # noqa: D102
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        mask = biased_mask(bias, attn_mask, self.is_causal, query, key)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            mask,
-            self.dropout if self.training else 0.0,
-            self.is_causal and mask is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+    plain: ClassVar[type[nn.Module]]  # itself: a flow is all that a conversion adds
 
-    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
-        return self.num_kv_heads, self.head_width, dtype
+    @takes_options_of(Projections)
+    def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, **options)
+        self.lie: LieFlow | None = None
 
-    def extend(  # noqa: D102
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: AttentionCache,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        past, new = cache.length, query.size(-2)
-        cache.append(key, value)
-        # A single token sees all; several see the past and one another causally.
-        mask = torch.ones(new, past + new, dtype=torch.bool, device=x.device).tril(past) if new > 1 else None
-        mask = biased_mask(bias, mask, False, query, key)
-        return F.scaled_dot_product_attention(
-            query,
-            cache.keys[:, :, : cache.length],
-            cache.values[:, :, : cache.length],
-            mask,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+    @property
+    def flow(self) -> Flow | None:  # type: ignore[override]
+        """What ``convert_attention`` has given it: here, as in other people's modules, ``lie``."""
+        return self.lie
+
+    @staticmethod
+    def why_not(module: Any, parents: Sequence[nn.Module]) -> str | None:
+        """None: any can be converted."""
+        return None
+
+    @staticmethod
+    def flow_of(module: Any, **options: Any) -> LieFlow:
+        """A flow of the module's sizes, dtype and device."""
+        weight = module.v_proj.weight
+        return LieFlow(module.num_heads, module.head_width, device=weight.device, dtype=weight.dtype, **options)
+
+    def carry(self, flow: LieFlow) -> None:
+        """Take the flow."""
+        self.lie = flow
+
+    def drop(self) -> None:
+        """Become softmax attention again."""
+        self.lie = None
+
+
+SoftmaxAttention.plain = SoftmaxAttention

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from liegroup_attn.errors import ConversionError
-from liegroup_attn.nn.flow import LieFlow
-from liegroup_attn.nn.flow_attention import FlowAttention
+from liegroup_attn.nn.attention import SoftmaxAttention
+from liegroup_attn.nn.lie_flow import LieFlow
 from liegroup_attn.nn.multihead import LieMultiheadAttention
+from liegroup_attn.nn.report import ConversionReport, ConvertedLayer
+from liegroup_attn.options import options_of
 
-__all__ = ["ConversionReport", "ConvertedLayer", "convert_attention", "restore_attention"]
+__all__ = ["convert_attention", "restore_attention"]
 
 # The top-level package of somebody else's modules -> what knows them; imported when a model holds one.
 _GUESTS = {
@@ -25,66 +25,6 @@ _GUESTS = {
     "x_transformers": "liegroup_attn.integrations.x_transformers",
     "litgpt": "liegroup_attn.integrations.litgpt",
 }
-
-
-class DropIn(Protocol):
-    """A subclass that a module's class is exchanged for: parameters, hooks, ties and references stay what they are."""
-
-    plain: ClassVar[type[nn.Module]]  # what it is exchanged for
-
-    @staticmethod
-    def why_not(module: Any, parents: Sequence[nn.Module]) -> str | None: ...  # the nearest first
-    @staticmethod
-    def flow_of(module: Any, **options: Any) -> LieFlow: ...
-    def carry(self, flow: LieFlow) -> None: ...
-    def drop(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class ConvertedLayer:
-    """What became of one attention module.
-
-    Args:
-        name: its path in the model.
-        kind: name of its class before.
-        outcome: "converted", "already converted", "restored" or "kept".
-        reason: why it was kept as it is.
-    """
-
-    name: str
-    kind: str
-    outcome: str
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What ``convert_attention`` found and did; prints as a table.
-
-    Args:
-        layers: one entry an attention module, in the model's order.
-    """
-
-    layers: tuple[ConvertedLayer, ...] = field(default=())
-
-    @property
-    def converted(self) -> list[str]:
-        """Paths of the modules that this call converted (or restored)."""
-        return [layer.name for layer in self.layers if layer.outcome in ("converted", "restored")]
-
-    @property
-    def kept(self) -> dict[str, str]:
-        """Path → reason, of the modules that stay softmax attention."""
-        return {layer.name: layer.reason for layer in self.layers if layer.outcome == "kept"}
-
-    def __str__(self) -> str:
-        rows = [("module", "class", "outcome", "why")]
-        rows += [(layer.name or "(the model)", layer.kind, layer.outcome, layer.reason) for layer in self.layers]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
-        ]
-        return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
 def convert_attention(
@@ -110,8 +50,7 @@ def convert_attention(
         exclude: patterns of module paths to leave as they are.
         example_inputs: arguments for one forward in eval mode without gradients, after which every converted module must
             have been called; Transformers models make their own.
-        **lie_options: those of ``LieFlow``: ``time``, ``max_time``, ``learn_time``, ``learn_rates``, ``rate``,
-            ``first_hop``, ``clock``, ``tol``, ``allow_open_mask``.
+        **lie_options: those of ``LieFlow``, but for ``device`` and ``dtype``, which are the layer's.
 
     Returns:
         The report, which prints as a table: what was converted, what not, and why.
@@ -135,8 +74,7 @@ def convert_attention(
         raise ConversionError(
             "model: expected a conversion outside torch.inference_mode(), got one inside; its parameters could never be trained"
         )
-    known = {name for name, p in inspect.signature(LieFlow).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    known -= {"device", "dtype"}  # those of the layer
+    known = options_of(LieFlow).keys() - {"device", "dtype"}
     if unknown := sorted(set(lie_options) - known):
         raise TypeError(f"lie_options: expected names of {sorted(known)}, got {unknown}; check the spelling")
     LieFlow(1, 1, **lie_options)  # wrong values end here, before anything is changed
@@ -238,11 +176,16 @@ def _convert_module(
     options: dict[str, Any],
 ) -> list[ConvertedLayer]:
     kind: Any = type(module)
+    drop_in = drop_ins.get(kind)
     if isinstance(module, tuple(drop_ins.values())):  # or of a class made from it, by parametrizations
         flow = getattr(module, "lie", None)
-        why = "" if flow is None else f"as before, max_time={flow.max_time:g}, {flow.clock}"
-        return [] if flow is None else [ConvertedLayer(name, kind.plain.__name__, "already converted", why)]
-    drop_in = drop_ins.get(kind)
+        if flow is not None:
+            why = f"as before, max_time={flow.max_time:g}, {flow.clock}"
+            return [ConvertedLayer(name, kind.plain.__name__, "already converted", why)]
+        if drop_in is None and kind not in drop_ins.values():
+            return [ConvertedLayer(name, kind.__name__, "kept", "a subclass, whose forward may be another")]
+        if drop_in is None:
+            return []
     if drop_in is None:
         if isinstance(module, tuple(drop_ins)):
             return [ConvertedLayer(name, kind.__name__, "kept", "a subclass, whose forward may be another")]
@@ -292,7 +235,7 @@ def _guests(model: nn.Module) -> list[Any]:
 
 def _drop_ins(guests: list[Any]) -> dict[type[nn.Module], Any]:
     """Class → the subclass that it is exchanged for."""
-    own: tuple[Any, ...] = (LieMultiheadAttention, FlowAttention)
+    own: tuple[Any, ...] = (LieMultiheadAttention, SoftmaxAttention)
     return {one.plain: one for one in (*own, *(one for guest in guests for one in guest.DROP_INS))}
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from liegroup_attn.clocks import Clock
-from liegroup_attn.errors import CacheError, MaskError
-from liegroup_attn.expm import Method
-from liegroup_attn.functional import expm_multiply
+from liegroup_attn.errors import MaskError
+from liegroup_attn.expm import Automatic, Method
 from liegroup_attn.generators import Generator
 from liegroup_attn.nn.attention import SelfAttention
-from liegroup_attn.nn.cache import AttentionCache
+from liegroup_attn.nn.flow import Flow, OfFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
+from liegroup_attn.nn.projections import Inputs
 from liegroup_attn.nn.scores import BilinearScores
-from liegroup_attn.nn.timed import Timed
 
 __all__ = ["LieMixer"]
 
 
-class LieMixer(Timed, SelfAttention):
+class LieMixer(SelfAttention):
     """Values flow along a generator that does not depend on them: exp(Q)V, Q a parameter on its manifold.
 
     What an MLP-Mixer is to attention, with a mixing matrix that stays stochastic. The rates of Q carry the time.
@@ -38,6 +39,7 @@ class LieMixer(Timed, SelfAttention):
         ShapeError: a generator with another number of heads.
 
     Example:
+        >>> import torch
         >>> from liegroup_attn.nn import RateMatrix
         >>> layer = LieMixer(16, 2, RateMatrix(2, num_tokens=5))
         >>> layer(torch.zeros(1, 5, 16)).shape
@@ -45,6 +47,9 @@ class LieMixer(Timed, SelfAttention):
 
     Source: [Tolstikhin2021]_ (mixing by a learned matrix); docs/mathematics.
     """
+
+    flow: Flow
+    clock, method, time_scale = OfFlow(), OfFlow(), OfFlow()
 
     def __init__(
         self,
@@ -60,8 +65,7 @@ class LieMixer(Timed, SelfAttention):
         check_heads(generator, num_heads)
         super().__init__(embed_dim, num_heads, is_causal=generator.is_causal, dropout=dropout, bias=bias)
         self.learned = generator
-        self.clock = clock
-        self.method = method
+        self.flow = Flow(num_heads, None, learn_time=False, learn_rates=False, clock=clock, method=method)
 
     def _make_scores(self, scores: BilinearScores | None, bias: bool) -> None:
         """None: there is nothing to score."""
@@ -70,45 +74,24 @@ class LieMixer(Timed, SelfAttention):
         value = self._values(x)
         return value, value, value
 
-    def mix(  # noqa: D102
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        if attn_mask is not None:
+    def _generator(self, inputs: Inputs, dropout_p: float = 0.0) -> Generator:
+        if inputs.attn_mask is not None:
             raise MaskError(
                 "attn_mask: expected None, got a mask; what a learned generator joins is its manifold's support"
             )
-        generator = self.learned(value.size(-2))
-        if self.training and self.dropout:
-            eye = torch.eye(value.size(-2), dtype=value.dtype, device=value.device)
-            mixing = expm_multiply(generator, eye, self.time_scale, clock=self.clock, method=self.method)  # (H, N, N)
-            dropped = torch.nn.functional.dropout(mixing.expand(len(x), *mixing.shape), self.dropout)
-            return dropped @ value
-        return expm_multiply(generator, value, self.time_scale, clock=self.clock, method=self.method)
+        generator: Generator = self.learned(inputs.value.size(-2))
+        generator.dropout_p = dropout_p
+        return generator
 
-    def flows(self, x: Tensor, positions: Tensor | None = None) -> dict[str, tuple[Generator, Tensor]]:  # noqa: D102
-        time = torch.full((self.num_heads, 1), self.time_scale, device=x.device)
-        return {"Q": (self.learned(x.size(-2)), time)}
+    def _method(self) -> Method | None:
+        return Automatic() if self.flow.method is None else None
 
-    @property
-    def can_cache(self) -> bool:  # noqa: D102
-        return False
+    def _why_no_cache(self) -> str | None:
+        return "expected a layer with keys, got LieMixer; generate with use_cache=False"
 
-    def cached_values(self, dtype: torch.dtype) -> tuple[int, int, torch.dtype]:  # noqa: D102
-        raise CacheError("cache: expected a layer with keys, got LieMixer; generate with use_cache=False")
-
-    def extend(  # noqa: D102
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cache: AttentionCache,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        raise CacheError("cache: expected a layer with keys, got LieMixer; generate with use_cache=False")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        factor = state_dict.pop(f"{prefix}time_scale", None)  # before there were flows
+        if factor is not None:
+            state_dict[f"{prefix}flow.time_scale"] = factor
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        state_dict.setdefault(f"{prefix}flow.time", torch.ones(self.num_heads))

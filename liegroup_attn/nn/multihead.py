@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from liegroup_attn.errors import DtypeError, MaskError, NestedTensorError, ShapeError
 from liegroup_attn.masks import check_closed
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.nn.lie_flow import LieFlow
 
 __all__ = ["LieMultiheadAttention"]
 
@@ -57,7 +57,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         batch_first: (B, N, C) instead of (N, B, C).
         device: of the parameters.
         dtype: of the parameters.
-        **lie_options: those of ``LieFlow``: ``time``, ``max_time``, ``clock``, ``first_hop`` …
+        **lie_options: those of ``LieFlow``: ``time``, ``max_time``, ``clock`` …
 
     Raises:
         ShapeError: a time > 0 beside ``add_bias_kv``, ``add_zero_attn``, ``kdim`` or ``vdim``.
@@ -177,16 +177,16 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)  # type: ignore[attr-defined]
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        projected = self._project(query, key, value)  # (B, H, N, D) each
-        mask, is_causal = self._mask(flow, projected[0], attn_mask, key_padding_mask, is_causal)
-        mixed, weights = flow(
-            *projected,
-            mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            need_weights=need_weights,
-            closed=True,
-        )
+        q, k, v = self._project(query, key, value)  # (B, H, N, D) each
+        mask = self._mask(flow, q, attn_mask, key_padding_mask, is_causal)
+        drop = self.dropout if self.training else 0.0
+        generator = flow.generator(q, k, v, visible=mask, is_causal=is_causal, dropout_p=drop, closed=True)
+        weights = None
+        if need_weights:
+            weights = F.dropout(flow.mixing(generator, v), drop)
+            mixed = weights @ v
+        else:
+            mixed = flow(generator, v)
         out = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, C)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -218,15 +218,13 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         key_padding_mask: Tensor | None,
         is_causal: bool,
-    ) -> tuple[Tensor | None, bool]:
-        """Torch's two masks (True = ignored) as one (True = takes part), and whether it is just causal.
+    ) -> Tensor | None:
+        """Torch's two masks (True = ignored) as one (True = takes part), beside a causal one if that is what ``attn_mask`` is.
 
         What both allow is closed if each is. So torch's ``attn_mask`` is looked at alone, since both together would be
         N³ work for every item of the batch, and padding of keys, which is closed, not at all.
         """
         batch, _, n, _ = query.shape
-        if is_causal and key_padding_mask is None:
-            return None, True
         masks = []
         if key_padding_mask is not None:
             if key_padding_mask.shape not in ((batch, n), *([(n,)] if batch == 1 else [])):
@@ -234,7 +232,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
                     f"key_padding_mask: expected {(batch, n)}, got {tuple(key_padding_mask.shape)}; one row an item, one entry a key"
                 )
             masks.append(_taking_part("key_padding_mask", key_padding_mask.reshape(batch, 1, 1, n), query.dtype))
-        if attn_mask is not None:
+        if attn_mask is not None and not is_causal:
             if attn_mask.shape not in ((n, n), (batch * self.num_heads, n, n)):
                 raise MaskError(
                     f"attn_mask: expected {(n, n)} or {(batch * self.num_heads, n, n)}, got {tuple(attn_mask.shape)}; give one "
@@ -242,18 +240,18 @@ class LieMultiheadAttention(nn.MultiheadAttention):
                 )
             wide = attn_mask if attn_mask.dim() == 2 else attn_mask.view(batch, -1, n, n)
             mask = _taking_part("attn_mask", wide, query.dtype)
-            if not (is_causal or flow.allow_open_mask or flow.is_still()):
+            if not (flow.allow_open_mask or flow.is_still()):
                 check_closed(mask)
             masks.append(mask)
         if len(masks) < 2:
-            return (masks[0] if masks else None), False
+            return masks[0] if masks else None
         if all(mask.dtype == torch.bool for mask in masks):
-            return masks[0] & masks[1], False
+            return masks[0] & masks[1]
         biases = (
             torch.zeros_like(m, dtype=query.dtype).masked_fill(~m, -torch.inf) if m.dtype == torch.bool else m
             for m in masks
         )
-        return sum(biases, torch.zeros((), dtype=query.dtype, device=query.device)), False
+        return sum(biases, torch.zeros((), dtype=query.dtype, device=query.device))
 
     def _across(
         self,
@@ -267,7 +265,7 @@ class LieMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Softmax attention across different tokens, torch's own."""
-        if self.lie is not None and not (self.lie.first_hop and bool((self.lie.time.detach() <= 0).all())):
+        if self.lie is not None and not self.lie.is_softmax(by_value=True):
             raise ShapeError(
                 f"key: expected the query itself, got another tensor of shape {tuple(key.shape)} beside a query of shape "
                 f"{tuple(query.shape)}; across different tokens there is no generator, only softmax attention (time 0): "

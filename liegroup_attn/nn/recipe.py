@@ -11,6 +11,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import liegroup_attn
@@ -18,16 +19,15 @@ from liegroup_attn import expm, manifolds, positional, rates
 from liegroup_attn.clocks import clock_from
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.nn.attention import SelfAttention
-from liegroup_attn.nn.learned import LearnedGenerator
-from liegroup_attn.nn.scores import BilinearScores
-from liegroup_attn.positional import FrequencyScaling, PositionalEncoding, RotationEncoding
+from liegroup_attn.positional import PositionalEncoding, RotationEncoding
 from liegroup_attn.positional.pairs import LAYOUTS
 
 __all__ = ["build_attention", "build_encoding"]
 
 ROPE: dict[str, Any] = {"module": "RotaryEncoding", "layout": "half_split"}  # the default of language models
-_PARTS = (FrequencyScaling, BilinearScores, LearnedGenerator, manifolds.RateMatrices, expm.Method)
-_MADE = ("FlowAttention", "FoldedRotary", "LearnedSum")  # from other modules: no plain values give them
+# Bases of the parts of a recipe; a manifold's is not looked at before one is asked for: geoopt takes its time.
+_PARTS = ("FrequencyScaling", "BilinearScores", "LearnedGenerator", "RateMatrices", "Method")
+_MADE = ("FoldedRotary", "LearnedSum", "SelfAttention")  # from other modules: no plain values give them
 
 
 def build_attention(recipe: Mapping[str, Any], embed_dim: int, num_heads: int, **options: Any) -> SelfAttention:
@@ -50,7 +50,7 @@ def build_attention(recipe: Mapping[str, Any], embed_dim: int, num_heads: int, *
         TypeError: no recipe; a path to what is no attention.
 
     Example:
-        >>> build_attention({"module": "LieAttention", "clock": "ErlangClock(3)"}, 8, 2).clock
+        >>> build_attention({"module": "LieAttention", "clock": "ErlangClock(3)"}, 8, 2).flow.clock
         ErlangClock(3)
     """
     wanted = {"encoding": None, "is_causal": False} | options
@@ -155,7 +155,8 @@ def _build(where: str, recipe: Mapping[str, Any], base: type, sizes: Mapping[str
 def _value(where: str, value: Any, parameter: inspect.Parameter | None, sizes: Mapping[str, Any]) -> Any:
     """What a plain value stands for, by the words of the annotation: to evaluate it may need imports for types alone."""
     words = re.findall(r"\w+", str(parameter and parameter.annotation))
-    if base := next((part for part in _PARTS if part.__name__ in words), None):
+    if name := next((part for part in _PARTS if part in words), None):
+        base = next(getattr(space, name) for space in _spaces() if name in space.__all__)
         return _build(where, {"module": value} if isinstance(value, str) else value, base, sizes)
     if "Callable" in words:
         return _named(
@@ -176,8 +177,8 @@ def _kind(where: str, recipe: Mapping[str, Any], base: type) -> Any:
             f"{where}: expected a recipe such as {{'module': 'Name', …}} or None, got {recipe!r}; objects go into layers, "
             f"LieAttention(…, {where.rpartition('.')[2]}=…)"
         )
-    spaces = (liegroup_attn.nn, positional, manifolds, expm)
-    known = {name: getattr(space, name) for space in spaces for name in space.__all__ if name not in _MADE}
+    space = next(space for space in _spaces() if base.__module__.startswith(space.__name__))
+    known = {name: getattr(space, name) for name in space.__all__ if name not in _MADE}
     known = {name: known[name] for name in sorted(known) if complete(known[name])}
     if "module" not in recipe:
         raise ValueError(f"{where}: expected the key 'module', got {sorted(recipe)}; name a class, {list(known)}")
@@ -187,6 +188,10 @@ def _kind(where: str, recipe: Mapping[str, Any], base: type) -> Any:
             f"{where}.module: expected a class derived from {base.__name__} and complete, got {recipe['module']}, {kind!r}"
         )
     return kind
+
+
+def _spaces() -> tuple[ModuleType, ...]:
+    return liegroup_attn.nn, positional, manifolds, expm
 
 
 def _named(where: str, name: Any, known: Mapping[str, Any]) -> Any:

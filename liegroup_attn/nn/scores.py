@@ -186,3 +186,13 @@ class SymmetricScores(BilinearScores):
 
     def key_bias(self, x: Tensor) -> Tensor:  # noqa: D102
         return (x @ self.stationary.to(x.dtype).mT).transpose(1, 2)
+
+
+def with_bias(query: Tensor, key: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a bias per key into one more feature: q·k/√(D + 1) is what q·k/√D + bias was; (B, H, N, D + 1)."""
+    width = query.size(-1)
+    one = torch.full_like(query[..., :1], math.sqrt(width + 1))
+    return (
+        torch.cat([query * math.sqrt((width + 1) / width), one], -1),
+        torch.cat([key, bias.unsqueeze(-1).to(key.dtype)], -1),
+    )

@@ -66,7 +66,7 @@ class Transformer(Resettable):
         width: C, model width.
         depth: number of blocks.
         num_heads: H.
-        attention: recipe, e.g. ``{"module": "LieAttention", "first_hop": True}``, see ``build_attention``; default softmax.
+        attention: recipe, e.g. ``{"module": "LieAttention", "time": 2.0}``, see ``build_attention``; default softmax.
         is_causal: lower-triangular mask.
         mlp_ratio: hidden width of the feed-forward layer over C.
         dropout: on attention entries and on each residual branch, in training.

@@ -2,19 +2,13 @@
 
 from liegroup_attn.positional.alibi import ALiBi
 from liegroup_attn.positional.axial import AxialRotary
-from liegroup_attn.positional.base import (
-    AbsoluteEncoding,
-    BiasEncoding,
-    PositionalEncoding,
-    RotationEncoding,
-    grid_positions,
-)
+from liegroup_attn.positional.base import AbsoluteEncoding, PositionalEncoding, RotationEncoding, grid_positions
+from liegroup_attn.positional.bias import BiasEncoding
 from liegroup_attn.positional.blocks import BlockExponential
 from liegroup_attn.positional.comrope import AxialBlocks, DependentBlocks
 from liegroup_attn.positional.cope import CoPE
 from liegroup_attn.positional.fire import FIRE
 from liegroup_attn.positional.forgetting import ForgettingGate
-from liegroup_attn.positional.forms import complex_form, exponential_form, rotation_form, skew_generator
 from liegroup_attn.positional.heads import FoldedRotary, HeadRotation
 from liegroup_attn.positional.laws import (
     commutator_norm,
@@ -68,16 +62,12 @@ __all__ = [
     "XPos",
     "YaRN",
     "commutator_norm",
-    "complex_form",
     "convert_layout",
-    "exponential_form",
     "grid_positions",
     "position_similarity",
     "relative_law_residual",
     "rodrigues",
-    "rotation_form",
     "score_decay",
-    "skew_generator",
     "turn_pairs",
     "unipotent_generator",
     "unipotent_scores",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from liegroup_attn.positional.base import BiasEncoding
+from liegroup_attn.positional.bias import BiasEncoding
 
 __all__ = ["ALiBi"]
 

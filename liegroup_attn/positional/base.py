@@ -1,4 +1,4 @@
-"""The contract: where a position acts, on tokens, on queries and keys, or on the scores."""
+"""The contract: where a position acts, on tokens, or on queries and keys; ``bias`` has those on the scores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor
 from liegroup_attn.checks import check_shape
 from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.resettable import Resettable
-from liegroup_attn.scores import PairBias, Score, TensorBias
-from liegroup_attn.tensors import fits, of_heads, values_visible, without_autocast
+from liegroup_attn.tensors import fits, values_visible, without_autocast
 
-__all__ = ["AbsoluteEncoding", "BiasEncoding", "PositionalEncoding", "RotationEncoding", "grid_positions"]
+__all__ = ["AbsoluteEncoding", "PositionalEncoding", "RotationEncoding", "grid_positions"]
 
 
 class PositionalEncoding(Resettable, ABC):
@@ -205,7 +204,7 @@ class RotationEncoding(PositionalEncoding):
             return self.act_both(query, key, coordinates) if query.size(-2) else (query, key)
 
     def act_both(self, query: Tensor, key: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``rotate`` does once all is checked; to be overridden where both share work."""
+        """Rotate queries and keys, checked; to be overridden where both share work."""
         turned = self.act(query.to(coordinates.dtype), coordinates)
         return turned.to(query.dtype), self.act_on_keys(key.to(coordinates.dtype), coordinates).to(key.dtype)
 
@@ -244,86 +243,6 @@ class RotationEncoding(PositionalEncoding):
             raise ShapeError(
                 f"{name}: expected a multiple of {self.num_heads} heads, got shape {tuple(x.shape)}; match num_heads"
             )
-
-
-class BiasEncoding(PositionalEncoding):
-    """A number per head and pair of tokens is added to the scores: a unipotent action, or log-rates before the jump chain.
-
-    Args:
-        num_heads: H.
-    """
-
-    contextual = False  # whether it depends on the tokens, too; decoding with a cache needs those that do not
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        if num_heads < 1:
-            raise ShapeError(f"num_heads: expected at least 1, got {num_heads}; one bias per head")
-        self.num_heads = num_heads
-
-    def leaves(self) -> tuple[Tensor, ...]:
-        """What ``between`` takes behind the positions, and may be differentiated by: parameters and buffers.
-
-        With none, and parameters of its own, an encoding is formed, (H, N, N), where others are computed by blocks.
-        """
-        return ()
-
-    @abstractmethod
-    def between(self, here: Tensor, there: Tensor, *leaves: Tensor) -> Tensor:
-        """The bias between positions, for encodings that are not ``contextual``.
-
-        Args:
-            here: of queries, (..., N, 1), float32 or float64.
-            there: of keys, (..., 1, M).
-            *leaves: in the place of those of ``leaves``; none for these.
-
-        Returns:
-            (..., H, N, M), its dtype.
-        """
-
-    def score(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor | None = None) -> Score:
-        """What acts on the scores, block of rows by block of rows; arguments and errors as in ``forward``."""
-        if self.contextual or (not self.leaves() and any(True for _ in self.parameters())):
-            return TensorBias(self(x, query, key, positions))
-        return PairBias(self.between, self._coordinates(query, positions), self.leaves())
-
-    def _coordinates(self, query: Tensor, positions: Tensor | None) -> Tensor:
-        check_shape("query", query, least_rank=3, remedy="give (batch, heads, tokens, width)")
-        if query.size(-3) != self.num_heads:
-            raise ShapeError(f"query: expected {self.num_heads} heads, got shape {tuple(query.shape)}; match num_heads")
-        return self.coordinates(positions, torch.Size([*query.shape[:-3], 1, query.size(-2)]), query)
-
-    def of_tokens(self, x: Tensor, query: Tensor, key: Tensor, coordinates: Tensor) -> Tensor:
-        """The bias between tokens, (..., H, N, N); overridden by encodings that are ``contextual``.
-
-        Args:
-            x: (B, N, C), the layer's input.
-            query: (B, H, N, D), float32 or float64.
-            key: (B, H, N, D).
-            coordinates: (..., N, 1).
-        """
-        return self.between(coordinates, coordinates.mT)
-
-    def forward(self, x: Tensor, query: Tensor, key: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The bias.
-
-        Args:
-            x: (B, N, C), the layer's input.
-            query: (B, H, N, D).
-            key: (B, H_kv, N, D).
-            positions: broadcastable to (B, 1, N) or (N,); default 0 … N − 1.
-
-        Returns:
-            Broadcastable to (B, H, N, N), float32 or float64; finite, also where a causal mask hides.
-
-        Raises:
-            ShapeError, DtypeError, ValueError: see ``coordinates``; or another number of heads.
-        """
-        with without_autocast(query):
-            coordinates = self._coordinates(query, positions)
-            wide = coordinates.dtype
-            key = of_heads(key, self.num_heads)
-            return self.of_tokens(x.to(wide), query.to(wide), key.to(wide), coordinates)
 
 
 def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Tensor:

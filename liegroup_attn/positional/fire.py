@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from liegroup_attn import manifolds
-from liegroup_attn.positional.base import BiasEncoding, check_sizes
+from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.bias import BiasEncoding
 
 __all__ = ["FIRE"]
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from liegroup_attn.errors import ShapeError
 from liegroup_attn.positional.alibi import ALiBi
-from liegroup_attn.positional.base import BiasEncoding, check_sizes
+from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.bias import BiasEncoding
 from liegroup_attn.scores import Differences, Score
 from liegroup_attn.tensors import at_least_float32, without_autocast
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from liegroup_attn.algebra import bracket
 from liegroup_attn.checks import check_shape
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.positional.base import AbsoluteEncoding, BiasEncoding, PositionalEncoding, RotationEncoding
+from liegroup_attn.positional.base import AbsoluteEncoding, PositionalEncoding, RotationEncoding
+from liegroup_attn.positional.bias import BiasEncoding
 
 __all__ = ["commutator_norm", "position_similarity", "relative_law_residual", "score_decay"]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ShapeError
-from liegroup_attn.positional.base import BiasEncoding, check_sizes
+from liegroup_attn.positional.base import check_sizes
+from liegroup_attn.positional.bias import BiasEncoding
 
 __all__ = ["T5Bias"]
 

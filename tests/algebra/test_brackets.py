@@ -1,7 +1,5 @@
 """The laws of a Lie algebra, its basis, and Baker–Campbell–Hausdorff with the observed order."""
 
-import itertools
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -24,7 +22,6 @@ from liegroup_attn.algebra import (
     in_algebra,
     is_rate_matrix,
     logm,
-    structure_constants,
 )
 from liegroup_attn.errors import DtypeError, GeneratorError, ShapeError
 
@@ -118,28 +115,6 @@ def test_coordinates_and_back(n):
     assert torch.equal(coordinates(from_coordinates(r)), r)
     close(torch.einsum("...a,aij->...ij", r, basis(n, dtype=D)), X)
     assert is_rate_matrix(from_coordinates(r.abs())) == (True, None)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_structure_constants(n):
-    """Against the closed form, and against the brackets that they stand for."""
-    c, L = structure_constants(n, dtype=D), basis(n, dtype=D)
-    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
-    index = {pair: a for a, pair in enumerate(pairs)}
-    expected = np.zeros((len(pairs),) * 3)
-    for (i, j), (k, m) in itertools.product(pairs, pairs):
-        row = expected[index[i, j], index[k, m]]
-        for sign, source, target in (((j == k) - (i == k), i, m), (-((j == k) - (i == k)), i, k)):
-            if source != target:
-                row[index[source, target]] += sign
-        for sign, source, target in ((-((m == i) - (k == i)), k, j), ((m == i) - (k == i), k, i)):
-            if source != target:
-                row[index[source, target]] += sign
-    assert torch.equal(c, torch.from_numpy(expected))
-    X, Y = algebra_element(n), algebra_element(n, seed=1)
-    combined = torch.einsum("a,b,abc->c", coordinates(X), coordinates(Y), c)
-    close(from_coordinates(combined), bracket(X, Y), 1e-12)
-    close(torch.einsum("abc,cij->abij", c, L), bracket(L[:, None], L))
 
 
 # Baker–Campbell–Hausdorff

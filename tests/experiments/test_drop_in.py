@@ -11,8 +11,7 @@ from experiments.drop_in import checks, report, run
 from experiments.drop_in.checks import BOUNDS, CHECKS, measure
 from experiments.drop_in.subjects import of_liegroup_attn, of_torch
 from experiments.results import ROOT
-from liegroup_attn.nn import LieFlow
-from liegroup_attn.nn.flow_attention import FlowAttention
+from liegroup_attn.nn import LieFlow, SelfAttention
 
 SUBJECTS = {subject.name: subject for subject in of_torch()}
 OURS = {subject.name: subject for subject in of_liegroup_attn()}
@@ -27,19 +26,19 @@ def test_models_of_torch_and_ours_pass(subject):
 
 
 def _shifted(flow, inputs, output):
-    return output[0] + 0.01, output[1]
+    return output + 0.01
 
 
 def _look_ahead(flow, inputs, output):
-    return output[0] + 1e-2 * inputs[2].mean(-2, keepdim=True), output[1]
+    return output + 1e-2 * inputs[1].mean(-2, keepdim=True)
 
 
 def _only_in_training(flow, inputs, output):
-    return (output[0] + 0.01, output[1]) if flow.training else output
+    return output + 0.01 if flow.training else output
 
 
 def _inert(flow, inputs, output):
-    return output[0].detach(), output[1]
+    return output.detach()
 
 
 @pytest.mark.parametrize(
@@ -60,13 +59,13 @@ def test_every_check_can_fail(monkeypatch, hook, fails):
 
 def test_a_padding_mask_that_is_ignored_is_seen_under_a_causal_mask(monkeypatch):
     """Padding is on the left, where causality does not hide it."""
-    forward = LieFlow.forward
+    generator = LieFlow.generator
 
-    def without_padding(self, query, key, value, attn_mask=None, **options):
+    def without_padding(self, query, key, features, **options):
         causal = torch.ones(query.size(-2), query.size(-2), dtype=torch.bool).tril()
-        return forward(self, query, key, value, causal, **{**options, "is_causal": False})
+        return generator(self, query, key, features, **{**options, "visible": causal, "is_causal": False})
 
-    monkeypatch.setattr(LieFlow, "forward", without_padding)
+    monkeypatch.setattr(LieFlow, "generator", without_padding)
     (check,) = (check for check in CHECKS if check.title == "no padding leak")
     assert report.passed(check.title, check.of(CAUSAL)) is False
 
@@ -86,13 +85,13 @@ def test_loading_and_decoding_can_fail(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LieFlow, "_save_to_state_dict", forgets)
         assert report.passed("save, load", measure(subject)["save, load"]) is False
-    extend = FlowAttention.extend
+    extend = SelfAttention._extend
 
-    def forgets_the_past(self, x, query, key, value, cache, bias=None):
+    def forgets_the_past(self, inputs, cache):
         cache.values.zero_()
-        return extend(self, x, query, key, value, cache, bias)
+        return extend(self, inputs, cache)
 
-    monkeypatch.setattr(FlowAttention, "extend", forgets_the_past)
+    monkeypatch.setattr(SelfAttention, "_extend", forgets_the_past)
     assert report.passed("cached = recomputed", measure(subject)["cached = recomputed"]) is False
 
 

@@ -11,11 +11,11 @@ import torch
 from experiments import draw, tables
 from experiments.rate_recovery import estimators, report, run
 from experiments.rate_recovery.bound import directions, relative_bound
+from experiments.rate_recovery.counts import TransitionCounts
 from experiments.rate_recovery.estimators import ESTIMATORS, Found
+from experiments.rate_recovery.paml import generator_from, read_generator
 from experiments.results import ROOT
 from liegroup_attn.algebra import is_rate_matrix, is_reversible
-from liegroup_attn.lightning import TransitionCounts
-from liegroup_attn.lightning.data import generator_from, read_generator
 
 S = torch.tensor([[0.0, 1, 2], [1, 0, 4], [2, 4, 0]], dtype=torch.float64)
 PI = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)

@@ -44,9 +44,17 @@ def capped():
     return lambda query, key: SoftCap(1.5) | TensorBias(bias) | SoftCap(2.0), [bias]
 
 
+class Tanh(Score):
+    """Autograd saves what it gives, which nothing may write into."""
+
+    def act(self, scores, start, leaves):
+        return scores.tanh()
+
+
 # name -> (query, key) -> score, and the tensors that it learns by
 SCORES = {
     "none": (lambda q, k: None, []),
+    "tanh": (lambda q, k: Tanh(), []),
     "soft cap": (lambda q, k: SoftCap(1.5), []),
     "tensor": given(H, N, N),
     "tensor, one row": given(B, 1, 1, N),
@@ -157,7 +165,7 @@ def test_forward_mode_by_leaves(score):
         duals = [
             torch.autograd.forward_ad.make_dual(x.detach(), t) for x, t in zip(generator.leaves, tangents, strict=True)
         ]
-        generator.score.leaves = tuple(duals)
+        generator.score.leaves = generator.leaves = tuple(duals)
         if hasattr(generator.score, "parts"):
             for part in generator.score.parts:
                 part.leaves, duals = tuple(duals[: len(part.leaves)]), duals[len(part.leaves) :]
@@ -205,6 +213,9 @@ def test_compiles_into_one_graph(score):
         found.append([out, *grads])
     for plain, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, plain)
+    torch._dynamo.reset()
+    with torch.no_grad():  # Dynamo then goes another way
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), found[0][0])
 
 
 @pytest.mark.parametrize(("score", "visible"), covering(itertools.product(SCORES, VISIBLE)))
@@ -257,6 +268,46 @@ def test_memory_of_a_bias_by_blocks_is_linear():
         la.expm_multiply(generator, value, 1.0, clock=la.ExponentialClock(), method=la.CausalSweep(block_size=8))
     assert sizes
     assert max(sizes) < n * n
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("visible", [*VISIBLE, "by head"])
+def test_the_first_tokens_of_the_first_items(score, visible):
+    """What a monitor looks at: leaves and masks with a batch in front are cut, those of heads are not."""
+    case = Case(score, "causal", "fixed", False)
+    by_head = torch.ones(H, N, N, dtype=torch.bool).tril()
+    by_head[1] = torch.eye(N, dtype=torch.bool)
+    seen = Causal() & Allowed(by_head) if visible == "by head" else VISIBLE[visible]()
+    found = case.score(case.query, case.key)
+    whole = SoftmaxGenerator(
+        case.query, case.key, score=found, visible=seen, jump_rates=case.rates, allow_open_mask=True
+    )
+    few = whole.first(1, 5)
+    torch.testing.assert_close(few.dense(), whole.dense()[:1, :, :5, :5])
+    torch.testing.assert_close(few.jump_chain(), whole.jump_chain()[:1, :, :5, :5])
+    torch.testing.assert_close(few.rows(1, 4), whole.rows(1, 4)[:1])
+
+
+def test_what_jumps_share_is_formed_with_the_gradients_that_are_wanted():
+    case = Case("t5", "causal", "fixed", True)
+    generator = case.generator()
+    hops = la.Uniformization(max_terms=3)
+    with torch.no_grad():
+        la.expm_multiply(generator, case.value, 1.0, method=hops)
+    (grad,) = torch.autograd.grad(la.expm_multiply(generator, case.value, 1.0, method=hops).sum(), generator.leaves[1])
+    assert grad.abs().sum() > 0
+
+
+def test_a_window_is_not_charged_to_a_mask_beside_it():
+    lower = torch.ones(N, N, dtype=torch.bool).tril()
+    SoftmaxGenerator(Q, Q, visible=Window(2) & Allowed(lower))
+    with pytest.raises(MaskError, match="transitively closed"):
+        SoftmaxGenerator(Q, Q, visible=Window(2) & Allowed(lower.triu(-1)))
+
+
+def test_without_time_the_batch_is_that_of_both():
+    generator = SoftmaxGenerator(Q.expand(3, H, N, E), Q)
+    assert la.expm_multiply(generator, Q[0, 0], 0.0).shape == la.expm_multiply(generator, Q[0, 0], 1.0).shape
 
 
 class Halved(Score):
@@ -312,6 +363,48 @@ REFUSED = {
     "ids that are no numbers": (lambda: Documents(torch.zeros(N)), DtypeError, "whole numbers"),
     "padding that is no mask": (lambda: Padding(torch.zeros(N)), DtypeError, "of_lengths"),
     "a window of nothing": (lambda: Window(0), MaskError, "the token itself"),
+    "a window between numbers": (lambda: Window(1.5), MaskError, "whole number"),
+    "a cap that is none": (lambda: SoftCap(None), GeneratorError, "positive"),
+    "lengths that are no tensor": (lambda: Padding.of_lengths([1, 2], 3), DtypeError, "whole numbers"),
+    "a float where bool is read": (lambda: Allowed(torch.zeros(N, N)), MaskError, "torch.bool"),
+    "a mask with one axis": (lambda: Allowed(torch.ones(N, dtype=torch.bool)), MaskError, "rows, columns"),
+    "one id for all": (
+        lambda: SoftmaxGenerator(Q, Q, visible=Documents(torch.zeros(1, 1, 1, dtype=torch.long))),
+        MaskError,
+        "an entry a token",
+    ),
+    "a class for an object": (lambda: SoftmaxGenerator(Q, Q, visible=Causal), DtypeError, r"such as Causal\(\)"),
+    "a bias of other tokens": (
+        lambda: SoftmaxGenerator(Q, Q, score=TensorBias(torch.ones(N, N + 1))),
+        MaskError,
+        "one number per query",
+    ),
+    "differences of other tokens": (
+        lambda: SoftmaxGenerator(Q, Q, score=SoftCap(1.0) | Differences(torch.ones(N + 1))),
+        ShapeError,
+        "make it for these",
+    ),
+    "positions of other tokens": (
+        lambda: SoftmaxGenerator(Q, Q, score=ALiBi(H).score(Q, Q[..., :4, :], Q[..., :4, :])),
+        ShapeError,
+        "make it for these",
+    ),
+    "a NaN in a bias": (
+        lambda: SoftmaxGenerator(Q, Q, score=TensorBias(torch.full((N, N), torch.nan))),
+        GeneratorError,
+        "finite",
+    ),
+    "a shape that hops would broadcast": (
+        lambda: SoftmaxGenerator(Q, Q, score=Halved()).jump_chain(),
+        ShapeError,
+        "leave a",
+    ),
+    "a past that is none": (lambda: SoftmaxGenerator(Q, Q, past=-1), ShapeError, "whole number from 0"),
+    "a flow of new rows alone": (
+        lambda: la.expm_multiply(SoftmaxGenerator(Q[..., 4:, :], Q, is_causal=True, past=4), Q[..., 4:, :]),
+        GeneratorError,
+        "Flow.extend",
+    ),
     "a cap of nothing": (lambda: SoftCap(0.0), GeneratorError, "positive"),
 }
 
@@ -325,3 +418,23 @@ def test_refusals(name):
 
 def test_what_is_visible_can_be_read():
     assert repr(Causal() & Window(4) & Padding(KEPT)) == "Causal() & Window(4) & Padding()"
+
+
+@pytest.mark.parametrize("score", ["tensor", "cap, tensor, cap", "forgetting"])
+@pytest.mark.parametrize("plus", [False, True])
+def test_recomputation_finds_what_the_forward_found(score, plus):
+    """A mask for the kernels that hops share is formed before, be it learned or not."""
+    case = Case(score, "all", "fixed", True)
+    rates = la.DenseGenerator.from_rates(normal(N, N, seed=8).abs())
+    found = []
+    for options in ({}, {"recompute": True}):
+        for method in (la.Uniformization(max_terms=5, **options), la.CausalSweep(max_terms=5, **options)):
+            if plus and isinstance(method, la.CausalSweep):
+                continue
+            generator = case.generator() + rates if plus else case.generator()
+            time = normal(H, N, seed=9).abs()
+            out = la.expm_multiply(generator, case.value, time, first_hop=True, method=method)
+            found.append(torch.autograd.grad(out.square().sum(), [case.query, case.value, *case.leaves]))
+    for others in found[1:]:
+        for ours, first in zip(others, found[0], strict=True):
+            torch.testing.assert_close(ours, first)

@@ -14,8 +14,7 @@ import liegroup_attn.integrations.transformers as lie  # noqa: E402
 from experiments.drop_in.hf_cases import BY_NAME, CASES, DECODERS, LLAMA  # noqa: E402
 from liegroup_attn.errors import CacheError, ConversionError, GeneratorError, MaskError  # noqa: E402
 from liegroup_attn.integrations.transformers.loading import flowing  # noqa: E402
-from liegroup_attn.nn import convert_attention, restore_attention  # noqa: E402
-from liegroup_attn.nn.flow import LieFlow  # noqa: E402
+from liegroup_attn.nn import LieFlow, convert_attention, restore_attention  # noqa: E402
 
 CAUSAL = tuple(case for case in CASES if case.kind == "causal")
 PADDED = tuple(case for case in CASES if case.kind in ("causal", "masked", "seq2seq"))

@@ -45,9 +45,9 @@ def classifier(recipe=RECIPES["fixed"], **options) -> TokenClassifier:
     model = TokenClassifier(dict(recipe), **options)
     for layer in model.modules():
         if isinstance(layer, LieAttention):
-            torch.nn.init.normal_(layer.rate_weight)
+            torch.nn.init.normal_(layer.flow.rate_weight)
             with torch.no_grad():
-                layer.time.mul_(torch.tensor([0.5, 1.5]))
+                layer.flow.time.mul_(torch.tensor([0.5, 1.5]))
     return model
 
 
@@ -77,10 +77,10 @@ def golden(layer, x: torch.Tensor) -> dict[str, float]:
         mixing = layer.mixing_matrix(x).double().numpy()
         return {"entropy": float(-(mixing * np.log(mixing)).sum(-1).mean())}
     generator = layer.generator(x).dense().double().numpy()  # (B, H, N, N)
-    time = layer.time.detach().double().numpy()[:, None, None]  # (H, 1, 1)
+    time = layer.flow.time.detach().double().numpy()[:, None, None]  # (H, 1, 1)
     chain = layer.generator(x).jump_chain().double().numpy()
     exits = -np.diagonal(generator, axis1=-2, axis2=-1)[..., None]  # (B, H, N, 1)
-    if layer.clock is None:
+    if layer.flow.clock.resolvents is None:
         mixing = scipy.linalg.expm(time * generator)
         nodes, weights = np.polynomial.legendre.leggauss(30)  # ∫₀ᵗ exp(sQ) q ds
         hops = sum(
@@ -90,13 +90,13 @@ def golden(layer, x: torch.Tensor) -> dict[str, float]:
     else:
         mixing = np.linalg.inv(np.eye(x.size(1)) - time * generator)
         hops = mixing @ (time * exits)
-    if layer.first_hop:
+    if layer.flow.first_hop:
         mixing = chain @ mixing
     return {
         "entropy": float(-(mixing * np.log(mixing)).sum(-1).mean()),
         "time": float(time.mean()),
         "exit_rate": float(exits.mean()),
-        "expected_hops": float(hops.mean()) + layer.first_hop,
+        "expected_hops": float(hops.mean()) + layer.flow.first_hop,
     }
 
 
@@ -123,8 +123,8 @@ def test_the_logged_numbers(tmp_path, recipe):
 
 def test_the_row_error_is_that_of_what_is_executed(tmp_path, monkeypatch):
     model = classifier()
-    mix = LieAttention.mix
-    monkeypatch.setattr(LieAttention, "mix", lambda *arguments: 1.25 * mix(*arguments))
+    mix = LieAttention._mix
+    monkeypatch.setattr(LieAttention, "_mix", lambda *arguments: 1.25 * mix(*arguments))
     (logged,) = trainer(tmp_path, [GeneratorMonitor()]).validate(model, forests(), verbose=False)
     assert logged["lie/0/row_error"] == pytest.approx(0.25, abs=1e-4)
 
@@ -149,9 +149,9 @@ def test_matrices_of_a_figure():
     layer = model.transformer.blocks[0].attention
     found = matrices(layer, x, head=1)
     assert list(found) == ["S", "Q", "S·P(t)"]
-    flow = layer.time[1] * found["Q"]
+    flow = layer.flow.time[1] * found["Q"]
     torch.testing.assert_close(found["S·P(t)"], found["S"] @ torch.matrix_exp(flow.detach()), atol=1e-5, rtol=0)
-    rho = layer.jump_rates(x)[0, 1].detach()
+    rho = layer.flow.jump_rates(x)[0, 1].detach()
     torch.testing.assert_close(found["Q"], rho[:, None] * (found["S"] - torch.eye(5)))
     assert list(matrices(classifier(RECIPES["softmax"]).transformer.blocks[0].attention, x)) == ["softmax"]
     assert list(matrices(classifier(RECIPES["softplus"]).transformer.blocks[0].attention, x)) == ["P(t)"]
@@ -262,7 +262,8 @@ def test_what_is_drawn_of_learned_generators():
     found = matrices(ordered, x, head=1)
     assert list(found) == ["S", "Q", "Q₊", "P(t)"]
     flows = [
-        torch.matrix_exp(found[name].double()[None].expand(2, 5, 5) * float(ordered.time[1]))[0] for name in ("Q", "Q₊")
+        torch.matrix_exp(found[name].double()[None].expand(2, 5, 5) * float(ordered.flow.time[1]))[0]
+        for name in ("Q", "Q₊")
     ]
     torch.testing.assert_close(found["P(t)"].double(), flows[0] @ flows[1], atol=2e-3, rtol=0)
     assert diagnose(ordered, x)["expected_hops"] > 2  # those along both

@@ -190,13 +190,13 @@ REFUSED = {
         "mine_file",
         Mine,
         {"lie_attention": {"clock": "ExponentialClock"}},
-        r"'ExponentialClock\(\)'\), got \(True, 'Fixed",
+        r"\{'clock': 'ExponentialClock\(\)', 'first_hop': True\}, got \{'clock': 'Fixed.*', 'first_hop': True\}",
     ),
     "hop": (
         "mine_file",
         MineDefault,
         {"lie_attention": {"first_hop": False}},
-        r"= \(False.*lie_attention=\{'max_time': 2.0\}",
+        r"flows with \{.*'first_hop': False\}, got .*lie_attention=\{'max_time': 2.0\}",
     ),
     "from_plain": ("mine_file", Mine, {"lie_attention": {"include": "*.1.*"}, "from_plain": True}, "got others"),
 }
@@ -218,7 +218,7 @@ def test_from_plain_fills_in_fresh_flows(tmp_path, plain_file, kind):
     assert kept["val_loss"] > 0
     file = saved(tmp_path, model)
     kind.load_from_checkpoint(file)  # from here on it is a converted one like any other
-    with pytest.raises(ConversionError, match="ckpt_path: expected a checkpoint of a converted model to resume"):
+    with pytest.raises(ConversionError, match="ckpt_path: expected a checkpoint of this model to resume"):
         trainer(tmp_path, max_steps=8).fit(kind(from_plain=True), loader(), ckpt_path=plain_file)
 
 
@@ -313,7 +313,7 @@ def test_the_callbacks_limits_are_told(tmp_path, plain_file, callback_file):
         trainer(tmp_path, [ConvertAttention()]).fit(Classifier(), loader(), ckpt_path=plain_file)
     with pytest.raises(ConversionError, match="whose optimizer knows no flow"):
         trainer(tmp_path, [ConvertAttention(from_plain=True)]).fit(Classifier(), loader(), ckpt_path=plain_file)
-    with pytest.raises(ConversionError, match=r"got \(True, 'ExponentialClock\(\)'\)"):
+    with pytest.raises(ConversionError, match=r"got \{'clock': 'ExponentialClock\(\)', 'first_hop': True"):
         trainer(tmp_path, [ConvertAttention()]).validate(Classifier(), loader(), ckpt_path=callback_file)
     with pytest.raises(ConversionError, match="'nothing', which fits none"):
         trainer(tmp_path, [ConvertAttention(include="nothing")]).fit(Classifier(), loader())
@@ -404,7 +404,7 @@ def test_from_yaml(tmp_path, monkeypatch, road, clock):
         save_config_callback=None,
     )
     (flow,) = flows(cli.model)
-    assert (flow.max_time, repr(flow.clock), flow.head_width) == (2.0, repr(clock_from(clock)), 6)
+    assert (flow.max_time, repr(flow.clock), flow.width) == (2.0, repr(clock_from(clock)), 6)
     cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
     stored = torch.load(tmp_path / "a.ckpt", weights_only=True)["lie_attention"]["clock"]
     assert repr(clock_from(stored)) == repr(flow.clock)

@@ -477,8 +477,8 @@ def test_a_compiled_inner_module_trains_on_its_manifolds(backend):
         fitted.fit(model)
         assert type(fitted.optimizers[0]) is RiemannianAdamW
         ends.append(model.state_dict())
-    assert isinstance(model.transformer.blocks[0].attention.time, ManifoldParameter)
-    assert list(declared(model)) == ["transformer.blocks.0.attention.time"]
+    assert isinstance(model.transformer.blocks[0].attention.flow.time, ManifoldParameter)
+    assert list(declared(model)) == ["transformer.blocks.0.attention.flow.time"]
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=1e-5, rtol=1e-4)
-    assert not torch.equal(ends[0]["transformer.blocks.0.attention.time"], torch.full((2,), 1.3))
+    assert not torch.equal(ends[0]["transformer.blocks.0.attention.flow.time"], torch.full((2,), 1.3))

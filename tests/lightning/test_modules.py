@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 
-from liegroup_attn.errors import CacheError, GeneratorError, ShapeError
+from liegroup_attn.errors import CacheError, ConversionError, GeneratorError, ShapeError
 from liegroup_attn.lightning import ByteCorpus, LanguageModel, RandomForests, TokenClassifier
 from liegroup_attn.lightning.modules import Trained
 from liegroup_attn.manifolds import ManifoldParameter
@@ -160,8 +160,48 @@ def test_the_checkpoint_of_another_size_is_refused(tmp_path):
     one.strategy.connect(language_model(depth=1))
     one.save_checkpoint(path, weights_only=True)
     for options in ({"width": 32}, {"depth": 2}, {"vocab_size": 100}):
-        with pytest.raises(ValueError, match=r"checkpoint: expected .* names or shapes differ \(.*\.weight"):
+        with pytest.raises(ValueError, match=r"checkpoint: expected .* names or shapes differ \(.*[._]weight"):
             LanguageModel.load_from_checkpoint(path, **options)
+
+
+def of_before(path: Path) -> Path:
+    """A checkpoint as it was written before attention layers had flows: their own keys, times as columns."""
+    checkpoint = torch.load(path, weights_only=True)
+    state = {name.replace(".attention.flow.", ".attention."): x for name, x in checkpoint["state_dict"].items()}
+    checkpoint["state_dict"] = {name: x.unsqueeze(-1) if name.endswith(".time") else x for name, x in state.items()}
+    assert state.keys() != torch.load(path, weights_only=True)["state_dict"].keys()
+    old = path.with_name("before.ckpt")
+    torch.save(checkpoint, old)
+    return old
+
+
+@pytest.mark.parametrize("make", [language_model, classifier])
+def test_checkpoints_of_before_there_were_flows(tmp_path, corpus, make):
+    """They load; a fit is not resumed from one, since the optimizer's states are in another order."""
+    model, data = make(), corpus if make is language_model else forests()
+    fitted = trainer(tmp_path, max_steps=3)
+    fitted.fit(model, data)
+    fitted.save_checkpoint(tmp_path / "saved.ckpt")
+    old = of_before(tmp_path / "saved.ckpt")
+    loaded = type(model).load_from_checkpoint(old)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    found = [
+        trainer(tmp_path).validate(make(), data, ckpt_path=path, verbose=False)
+        for path in (old, tmp_path / "saved.ckpt")
+    ]
+    assert found[0] == found[1]
+    message = "ckpt_path: expected a checkpoint of this model to resume, got one whose optimizer has its states"
+    with pytest.raises(ConversionError, match=message):
+        trainer(tmp_path, max_steps=5).fit(make(), data, ckpt_path=old)
+    resumed = trainer(tmp_path, max_steps=5)
+    resumed.fit(make(), data, ckpt_path=tmp_path / "saved.ckpt")
+    assert resumed.global_step == 5
+    weights = trainer(tmp_path)
+    weights.strategy.connect(model)
+    weights.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="names or shapes differ"):  # as ever
+        type(model).load_from_checkpoint(of_before(tmp_path / "weights.ckpt"), attention=RECIPES["softmax"])
 
 
 # what is logged
@@ -337,7 +377,7 @@ def test_mixed_precision_trains(tmp_path, corpus, recipe):
         assert value.isfinite().all(), name
         assert not torch.equal(value, start[name]), name
     for layer in (m for m in model.modules() if isinstance(m, LieAttention)):
-        assert layer.time.manifold.check_point_on_manifold(layer.time)
+        assert layer.flow.time.manifold.check_point_on_manifold(layer.flow.time)
     assert math.isfinite(one.validate(model, corpus, verbose=False)[0]["validation/loss"])
 
 
@@ -379,11 +419,11 @@ def test_two_processes_end_with_equal_weights(tmp_path):
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["transformer.blocks.0.attention.time"], torch.full((2,), 2.0))
+    assert not torch.equal(one["transformer.blocks.0.attention.flow.time"], torch.full((2,), 2.0))
     assert (tmp_path / "figures" / "layer_0.png").is_file()
 
 
 def test_manifold_parameters_survive_a_fit(tmp_path):
     model = classifier()
     trainer(tmp_path).fit(model, forests())
-    assert isinstance(model.transformer.blocks[0].attention.time, ManifoldParameter)
+    assert isinstance(model.transformer.blocks[0].attention.flow.time, ManifoldParameter)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from liegroup_attn.errors import GeneratorError
 from liegroup_attn.lightning import FineTune, GeneratorMonitor, LanguageModel, LieConversion
-from liegroup_attn.lightning.diagnosis import diagnose, evaluating, look_at_flow
-from liegroup_attn.lightning.numbers import CHEAP, NUMBERS, of_generator
+from liegroup_attn.lightning.diagnosis import Look, evaluating, look_at_flow
+from liegroup_attn.lightning.numbers import CHEAP, NUMBERS, diagnose, numbers_of, of_generator
 from liegroup_attn.lightning.watch import Watch
 from liegroup_attn.nn import LieAttention, LieFlow, convert_attention
 
@@ -76,6 +76,11 @@ def made(options, **more) -> Mine:
     return randomized(model)
 
 
+def look(flow: LieFlow, sequences: int, max_tokens: int, query, key, value, **options) -> Look:
+    """At a call with these; a mask is taken as it is."""
+    return look_at_flow(flow, sequences, max_tokens, flow.generator(query, key, value, closed=True, **options), value)
+
+
 def golden(flow: LieFlow, query, key, value) -> dict[str, float]:
     """The numbers by NumPy and SciPy in float64, with nothing of the library but its parameters."""
     q, k, v = (x.detach().double().numpy() for x in (query, key, value))
@@ -119,7 +124,7 @@ def test_the_numbers_are_those_of_the_forward_pass(tmp_path, options):
     model, logger = made(options), Keeper()
     calls: dict[LieFlow, list] = {}
     hooks = [
-        m.register_forward_pre_hook(lambda flow, args: calls.setdefault(flow, []).append(args[:3]))
+        m.register_forward_pre_hook(lambda flow, args: calls.setdefault(flow, []).append(args))
         for m in model.modules()
         if isinstance(m, LieFlow)
     ]
@@ -128,9 +133,9 @@ def test_the_numbers_are_those_of_the_forward_pass(tmp_path, options):
     for hook in hooks:
         hook.remove()
     expected = {
-        f"lie/{name}/{number}": value
-        for name, (flow, [parts]) in zip(LAYERS, calls.items(), strict=True)
-        for number, value in golden(flow, *(x[:3] for x in parts)).items()
+        f"lie/{name}/{number}": wanted
+        for name, (flow, [(generator, value)]) in zip(LAYERS, calls.items(), strict=True)
+        for number, wanted in golden(flow, generator.query[:3], generator.key[:3], value[:3]).items()
     }
     monitor = GeneratorMonitor(sequences=3, metrics=[*CHEAP, "spectral_gap"])
     trainer(tmp_path, [monitor], logger=logger, max_steps=1).fit(model, loader())
@@ -290,29 +295,29 @@ def test_the_first_tokens_of_causal_attention_are_part_of_the_whole(mask):
     q, k, v = torch.randn(3, 3, 2, 9, 4)
     allowed = torch.ones(9, 9, dtype=torch.bool).tril() & (torch.arange(9) != 1)
     masks = {None: None, "bool": allowed, "float": torch.zeros(3, 1, 9, 9).masked_fill(~allowed, -torch.inf)}
-    options = {"attn_mask": masks[mask], "is_causal": mask is None, "scale": 0.3}
-    part = look_at_flow(flow, 2, 5, q, k, v, **options)
-    whole = look_at_flow(flow, 3, 99, q, k, v, **options)
+    options = {"visible": masks[mask], "is_causal": mask is None, "scale": 0.3}
+    part = look(flow, 2, 5, q, k, v, **options)
+    whole = look(flow, 3, 99, q, k, v, **options)
     torch.testing.assert_close(part.mixing, whole.mixing[:2, :, :5, :5])
     torch.testing.assert_close(part.flows["Q"], whole.flows["Q"][:2, :, :5, :5])
-    torch.testing.assert_close(whole.mixing @ v, flow(q, k, v, closed=True, **options)[0])
+    torch.testing.assert_close(whole.mixing @ v, flow(flow.generator(q, k, v, closed=True, **options), v))
 
 
 def test_all_numbers_and_unknown_ones():
     flow = LieFlow(2, 4, time=0.8)
     q, k, v = torch.randn(3, 2, 2, 5, 4)
-    found = look_at_flow(flow, 2, 5, q, k, v).numbers(list(NUMBERS))
+    found = numbers_of(look(flow, 2, 5, q, k, v), list(NUMBERS))
     assert list(found) == list(NUMBERS)
     assert all(bool(value.isfinite()) and not value.dim() for value in found.values())
     assert found["off_manifold"] == 0
     with torch.no_grad():
         flow.time.fill_(1.25)
-    assert look_at_flow(flow, 2, 5, q, k, v).numbers(["off_manifold"])["off_manifold"] == pytest.approx(0.25)
+    assert numbers_of(look(flow, 2, 5, q, k, v), ["off_manifold"])["off_manifold"] == pytest.approx(0.25)
     padded = torch.tensor([True, True, False, True, True]).expand(2, 1, 5, 5).clone()
     padded[0, :, 1:3] = False  # rows without targets: several closed classes, of the first item alone
     of_chains = ["spectral_gap", "mixing_time", "detailed_balance_residual"]
-    part = look_at_flow(flow, 2, 5, q, k, v, padded).numbers(of_chains)
-    one = look_at_flow(flow, 1, 5, q[1:], k[1:], v[1:], padded[1:]).numbers(of_chains)
+    part = numbers_of(look(flow, 2, 5, q, k, v, visible=padded), of_chains)
+    one = numbers_of(look(flow, 1, 5, q[1:], k[1:], v[1:], visible=padded[1:]), of_chains)
     assert all(value.isfinite() for value in one.values())
     torch.testing.assert_close(part, one)
     with pytest.raises(ValueError, match=r"metrics: expected \"all\" or names of.*got \['entropie'\]"):
@@ -327,20 +332,20 @@ def test_review_m9_what_goes_matrix_by_matrix_is_bounded():
     q, k, v = torch.randn(3, 3, 6, 5, 4)
     padded = torch.ones(3, 1, 5, 5, dtype=torch.bool)
     padded[0, :, 1:3] = False  # rows without targets: several closed classes
-    look = look_at_flow(flow, 3, 5, q, k, v, padded)
+    seen_at = look(flow, 3, 5, q, k, v, visible=padded)
     seen: list[torch.Tensor] = []
 
     def spy(matrix):
         seen.append(matrix)
         return matrix.sum() + len(seen)
 
-    value = of_generator(spy)(look)
+    value = of_generator(spy)(seen_at)
     assert len(seen) == 4
-    torch.testing.assert_close(torch.stack(seen).float(), look.flows["Q"][1, :4].float())
+    torch.testing.assert_close(torch.stack(seen).float(), seen_at.flows["Q"][1, :4].float())
     assert float(value) == pytest.approx(2.5)
     padded[1:, :, 1:3] = False
     seen.clear()
-    assert bool(of_generator(spy)(look_at_flow(flow, 3, 5, q, k, v, padded)).isnan())
+    assert bool(of_generator(spy)(look(flow, 3, 5, q, k, v, visible=padded)).isnan())
     assert not seen
 
 

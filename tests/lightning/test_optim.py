@@ -449,7 +449,7 @@ def test_groups():
     decays = {names[id(p)]: group["decay"] for group in optimizer.param_groups for p in group["params"]}
     decayed = {name for name, decay in decays.items() if decay}
     projections = {f"attention.{p}_proj.weight" for p in ("q", "k", "v", "out")}
-    assert decayed == projections | {"attention.rate_weight"}
+    assert decayed == projections | {"attention.flow.rate_weight"}
     assert {decays[name] for name in decayed} == {0.1}
     assert set(decays) == {name for name, p in module.named_parameters() if p.requires_grad}
     assert type(optimizer) is RiemannianAdamW
@@ -499,11 +499,14 @@ def test_a_learning_rate_for_manifolds():
         3e-3
     }
     module = Everything(lie=True)
-    start, optimizer = module.attention.time.detach().clone(), build_optimizer(module, 3e-3, manifold_learning_rate=0.0)
+    start, optimizer = (
+        module.attention.flow.time.detach().clone(),
+        build_optimizer(module, 3e-3, manifold_learning_rate=0.0),
+    )
     module.attention(torch.randn(1, 3, 8)).sum().backward()
     optimizer.step()
-    assert module.attention.time.grad.any()
-    assert torch.equal(module.attention.time, start)  # 0 keeps points as they are
+    assert module.attention.flow.time.grad.any()
+    assert torch.equal(module.attention.flow.time, start)  # 0 keeps points as they are
     for wrong in (-1.0, math.nan):
         with pytest.raises(ValueError, match="manifold_learning_rate: expected a number ≥ 0, got"):
             build_optimizer(net(), 1e-3, manifold_learning_rate=wrong)

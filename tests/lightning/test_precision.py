@@ -103,9 +103,9 @@ def test_points_without_values_are_left_so():
     with torch.device("meta"):
         layer = LieAttention(8, 2)
     ManifoldPrecision("bf16-true").convert_module(layer)
-    assert layer.time.is_meta
-    assert layer.time.dtype == torch.float32
-    assert layer.rate_weight.dtype == torch.bfloat16
+    assert layer.flow.time.is_meta
+    assert layer.flow.time.dtype == torch.float32
+    assert layer.flow.rate_weight.dtype == torch.bfloat16
 
 
 class Late(Places):
@@ -158,8 +158,8 @@ def test_lie_attention_gives_half_precision(options):
     ManifoldPrecision("bf16-true").convert_module(layer)
     half = layer(x.bfloat16())
     half.float().square().sum().backward()
-    assert layer.time.dtype == layer.time.grad.dtype == torch.float32
-    assert half.dtype == layer.rate_weight.dtype == layer.rate_weight.grad.dtype == torch.bfloat16
+    assert layer.flow.time.dtype == layer.flow.time.grad.dtype == torch.float32
+    assert half.dtype == layer.flow.rate_weight.dtype == layer.flow.rate_weight.grad.dtype == torch.bfloat16
     assert float((half.float() - full).abs().max() / full.abs().max()) < 3e-2
     assert layer.mixing_matrix(x.bfloat16()).dtype == torch.bfloat16
 
@@ -174,7 +174,7 @@ def test_a_language_model_trains_resumes_and_generates(tmp_path):
     model = Bytes({"module": "LieAttention", "time": 1.3}, width=16, depth=1, num_heads=2)
     fitted = trainer(ManifoldGuard(), plugins=ManifoldPrecision("bf16-true"), max_steps=5)
     fitted.fit(model)
-    time = model.transformer.blocks[0].attention.time
+    time = model.transformer.blocks[0].attention.flow.time
     assert time.dtype == torch.float32
     assert not torch.equal(time, torch.full((2,), 1.3))
     assert all(p.dtype == torch.bfloat16 for name, p in model.named_parameters() if not name.endswith("time"))

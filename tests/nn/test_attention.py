@@ -55,9 +55,9 @@ def build(recipe: dict, dtype: torch.dtype = torch.float32, **options):
     layer = build_attention(recipe, C, H, **options)
     with torch.no_grad():
         if isinstance(layer, LieAttention):
-            layer.rate_weight.normal_(0, 0.5)
-            line = OpenInterval(layer.max_time)
-            layer.time.copy_(line.from_chart(line.chart(layer.time) + torch.linspace(-0.5, 0.3, H)))
+            layer.flow.rate_weight.normal_(0, 0.5)
+            line, time = OpenInterval(layer.flow.max_time), layer.flow.time
+            time.copy_(line.from_chart(line.chart(time) + torch.linspace(-0.5, 0.3, H)))
     return layer.to(dtype)
 
 
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_parameters_of_softmax_attention(recipe, options
         states.append(torch.get_rng_state())
     softmax, lie = built
     assert torch.equal(*states)  # what is built next is equal too
-    assert set(lie) - set(softmax) == {"time", "rate_weight", "rate_bias"}
+    assert set(lie) - set(softmax) == {"flow.time", "flow.rate_weight", "flow.rate_bias"}
     assert all(torch.equal(lie[name], value) for name, value in softmax.items())
     assert sum(p.numel() for p in lie.values()) - sum(p.numel() for p in softmax.values()) == H + H * C + H
 
@@ -101,7 +101,7 @@ def test_parameters_beyond_softmax(switches, more):
     lie, softmax = LieAttention(C, H, **switches), SoftmaxAttention(C, H)
     count = sum(p.numel() for p in lie.parameters()) - sum(p.numel() for p in softmax.parameters())
     assert count == more
-    assert "time" in lie.state_dict()  # a checkpoint says for how long, learned or not
+    assert "flow.time" in lie.state_dict()  # a checkpoint says for how long, learned or not
 
 
 @pytest.mark.parametrize("clock", [None, ExponentialClock()], ids=str)
@@ -167,9 +167,9 @@ def test_the_mixing_matrix_is_stochastic_and_is_what_mixes(recipe, options):
     torch.testing.assert_close(mixing.sum(-1), torch.ones(2, H, N, dtype=torch.float64), atol=1e-12, rtol=0)
     if layer.is_causal:
         assert torch.equal(mixing, mixing.tril())
-    query, key, value = layer._project(x, None)
-    wide = value.repeat_interleave(H // layer.num_kv_heads, 1)
-    torch.testing.assert_close(mixing @ wide, layer.mix(x, query, key, value, None), atol=1e-10, rtol=0)
+    inputs = layer._inputs(x, None, None)
+    wide = inputs.value.repeat_interleave(H // layer.num_kv_heads, 1)
+    torch.testing.assert_close(mixing @ wide, layer._mix(inputs, inputs.value), atol=1e-10, rtol=0)
     heads = (mixing @ wide).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer.out_proj(heads), layer(x), atol=1e-10, rtol=0)
 
@@ -177,16 +177,12 @@ def test_the_mixing_matrix_is_stochastic_and_is_what_mixes(recipe, options):
 @lie_recipes
 def test_the_mixing_matrix_is_that_of_the_generator(recipe):
     layer, x = build({**recipe, "tol": 1e-12}, torch.float64), tokens(dtype=torch.float64)
-    if layer.rate_fn is not None:
-        with pytest.raises(GeneratorError, match=r"rate_fn: expected None .*, got .*; use mixing_matrix"):
-            layer.generator(x)
-        return
     generator = layer.generator(x)
-    flow = layer.flow_time()[..., None] * generator.dense()
+    flow = layer.flow.flow_time()[..., None] * generator.dense()
     eye = torch.eye(N, dtype=torch.float64)
     fixed = torch.from_numpy(scipy.linalg.expm(flow.detach().numpy()))
-    mixing = torch.linalg.inv(eye - flow) if layer.clock is not None else fixed
-    if layer.first_hop:
+    mixing = torch.linalg.inv(eye - flow) if isinstance(layer.flow.clock, ExponentialClock) else fixed
+    if layer.flow.first_hop:
         mixing = generator.jump_chain() @ mixing
     torch.testing.assert_close(layer.mixing_matrix(x), mixing, atol=1e-9, rtol=0)
 
@@ -277,12 +273,12 @@ def test_dropout_acts_in_training_only(recipe):
 def test_scaled_time_is_time(clock, n, factor):
     layer = LieAttention(C, H, time=1.0, max_time=3.0, clock=clock)
     longer = LieAttention(C, H, time=factor, max_time=3.0 * factor, clock=clock)
-    longer.load_state_dict({**layer.state_dict(), "time": longer.time})
+    longer.load_state_dict({**layer.state_dict(), "flow.time": longer.flow.time})
     x = tokens(n=n)
     before = layer(x)
     scale_time(layer, factor)
     torch.testing.assert_close(layer(x), longer(x), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(layer.flow_time(), longer.flow_time())
+    torch.testing.assert_close(layer.flow.flow_time(), longer.flow.flow_time())
     scale_time(layer, 1)
     assert torch.equal(layer(x), before)
 
@@ -290,48 +286,57 @@ def test_scaled_time_is_time(clock, n, factor):
 def test_scale_time_counts_layers():
     module = torch.nn.ModuleList([LieAttention(C, H), torch.nn.Sequential(LieAttention(C, H)), SoftmaxAttention(C, H)])
     assert scale_time(module, 2) == 2
-    assert [m.time_scale for m in module.modules() if isinstance(m, LieAttention)] == [2.0, 2.0]
+    assert [m.flow.time_scale for m in module.modules() if isinstance(m, LieAttention)] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("rate", [1e3, -1e3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_learned_time_stays_in_its_interval(rate, dtype):
     layer, x = LieAttention(C, H, time=1.0, max_time=2.0).to(dtype), tokens(dtype=dtype)
-    start = layer.time.detach().clone()
+    start = layer.flow.time.detach().clone()
     optimizer = build_optimizer(layer, abs(rate))
     for group in optimizer.param_groups:  # only the time moves by so much
-        group["lr"] = abs(rate) if any(p is layer.time for p in group["params"]) else 0.0
+        group["lr"] = abs(rate) if any(p is layer.flow.time for p in group["params"]) else 0.0
     sign = 1 if rate > 0 else -1
     for _ in range(200):
         optimizer.zero_grad()
         (sign * layer(x).square().sum()).backward()
         optimizer.step()
-        assert layer.time.manifold.check_point_on_manifold(layer.time), layer.time
-    assert not torch.equal(layer.time, start)
+        assert layer.flow.time.manifold.check_point_on_manifold(layer.flow.time), layer.flow.time
+    assert not torch.equal(layer.flow.time, start)
     assert layer(x).isfinite().all()
 
 
 METHODS = [
-    ({}, Automatic),
-    ({"clock": ExponentialClock(), "is_causal": True}, Automatic),
-    ({"rate_fn": rates.softplus}, type(None)),  # its rates are not known before data is seen
-    ({"method": MatrixExp()}, MatrixExp),
+    ({}, Automatic, 2.0),
+    ({"clock": ExponentialClock(), "is_causal": True}, Automatic, 2.0),
+    ({"rate_fn": rates.softplus}, Automatic, None),  # its rates are not known before data is seen
+    ({"method": MatrixExp()}, MatrixExp, None),
 ]
 
 
-@pytest.mark.parametrize(("options", "kind"), METHODS)
-def test_the_method_that_is_chosen(options, kind):
-    assert type(LieAttention(C, H, **options)._method()) is kind
+def method(layer, generator):
+    """What a layer's flow is run by."""
+    return layer._method() or layer.flow._method(generator)
+
+
+@pytest.mark.parametrize(("options", "kind", "longest"), METHODS)
+def test_the_method_that_is_chosen(options, kind, longest):
+    layer = LieAttention(C, H, **options)
+    found = method(layer, layer._generator(layer._inputs(tokens(), None, None)))
+    assert type(found) is kind
+    assert getattr(found, "longest", None) == longest
 
 
 def test_the_number_of_hops_is_known_from_max_time_and_tol_alone():
     layer = LieAttention(C, H, time=0.1, max_time=3.0, tol=1e-4)
-    assert (layer._method().tol, layer._method().longest) == (1e-4, 3.0)
-    scale_time(layer, 4.0)
-    assert layer._method().longest == 12.0
     q = torch.zeros(1, H, 100, 4)
-    for causal in (False, True):
-        chosen = layer._method().choose(SoftmaxGenerator(q, q, is_causal=causal), q, layer.time, FixedClock())
+    generators = [SoftmaxGenerator(q, q, is_causal=causal) for causal in (False, True)]
+    assert [(method(layer, g).tol, method(layer, g).longest) for g in generators] == [(1e-4, 3.0)] * 2
+    scale_time(layer, 4.0)
+    assert [method(layer, g).longest for g in generators] == [12.0] * 2
+    for generator in generators:
+        chosen = method(layer, generator).choose(generator, q, layer.flow.time, FixedClock())
         assert chosen.max_terms == FixedClock().terms(12.0, 1e-4)
 
 
@@ -353,7 +358,7 @@ def through_state_dict(layer, assign=False):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    new = LieAttention(C, H, time=1.0, max_time=layer.max_time)
+    new = LieAttention(C, H, time=1.0, max_time=layer.flow.max_time)
     new.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     return new
 
@@ -368,40 +373,42 @@ def through_assign(layer):
 def test_a_copy_is_equal_and_keeps_its_manifold(copied):
     layer = build({"module": "LieAttention", "time": 2.0, "max_time": 5.0})
     new = copied(layer)
-    assert isinstance(new.time, ManifoldParameter)
-    assert isinstance(new.time.manifold, OpenInterval)
-    assert new.time.manifold.upper == 5.0
-    assert new.time.requires_grad
+    assert isinstance(new.flow.time, ManifoldParameter)
+    assert isinstance(new.flow.time.manifold, OpenInterval)
+    assert new.flow.time.manifold.upper == 5.0
+    assert new.flow.time.requires_grad
     assert list(new.state_dict()) == list(layer.state_dict())
     assert torch.equal(new(tokens()), layer(tokens()))
     new(tokens()).sum().backward()
     optimizer = build_optimizer(new, 1e4)
     for _ in range(3):
         optimizer.step()
-    assert new.time.manifold.check_point_on_manifold(new.time)  # Euclidean Adam would be far outside
-    assert not torch.equal(new.time, layer.time)
+    assert new.flow.time.manifold.check_point_on_manifold(new.flow.time)  # Euclidean Adam would be far outside
+    assert not torch.equal(new.flow.time, layer.flow.time)
 
 
 def test_conversion_keeps_the_manifold():
     for dtype in (torch.float64, torch.bfloat16):
         layer = build({"module": "LieAttention"}).to(dtype)
-        assert isinstance(layer.time, ManifoldParameter)
-        assert layer.time.dtype == dtype
+        assert isinstance(layer.flow.time, ManifoldParameter)
+        assert layer.flow.time.dtype == dtype
 
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_times_of_a_longer_interval_are_refused(assign):
     long, short = LieAttention(C, H, time=8.0), LieAttention(C, H, time=0.1, max_time=1.0)
-    with pytest.raises(RuntimeError, match=r"time: expected values in \(0, max_time=1\), got up to 8; load it into"):
+    with pytest.raises(
+        RuntimeError, match=r"flow.time: expected values from 0 to max_time=1, got up to 8; load it into"
+    ):
         short.load_state_dict(long.state_dict(), assign=assign)
-    assert short.time.manifold.check_point_on_manifold(short.time)
+    assert short.flow.time.manifold.check_point_on_manifold(short.flow.time)
 
 
 def test_times_rounded_onto_the_end_are_projected():
     layer = LieAttention(C, H, time=1.0)
     layer.load_state_dict({**layer.state_dict(), "time": torch.tensor([[2.0], [0.0], [1.0], [1.5]])})
-    assert layer.time.manifold.check_point_on_manifold(layer.time)
-    assert layer.time[2:].flatten().tolist() == [1.0, 1.5]
+    assert layer.flow.time.manifold.check_point_on_manifold(layer.flow.time)
+    assert layer.flow.time[2:].flatten().tolist() == [1.0, 1.5]
 
 
 # bad inputs: each message says expected, got and what to do

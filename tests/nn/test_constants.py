@@ -87,7 +87,7 @@ def test_a_part_of_a_state_says_nothing_of_the_factor():
     layer = LieAttention(C, H)
     scale_time(layer, 3.0)
     layer.load_state_dict({"q_proj.weight": layer.q_proj.weight}, strict=False)
-    assert layer.time_scale == 3.0
+    assert layer.flow.time_scale == 3.0
 
 
 @pytest.mark.parametrize("max_time", [1.0, 0.03, 0.001])
@@ -98,17 +98,18 @@ def test_second_derivatives_by_a_time_of_0_do_not_ask_for_how_long_it_may_be(max
     second = []
     for longest in (max_time, 2.0):
         flow = LieFlow(H, 4, max_time=longest, first_hop=False).double()
-        (first,) = torch.autograd.grad(flow(q, k, v)[0].square().sum(), flow.time, create_graph=True)
+        (first,) = torch.autograd.grad(flow(flow.generator(q, k, v), v).square().sum(), flow.time, create_graph=True)
         second.append(torch.autograd.grad(first.sum(), flow.time)[0])
     torch.testing.assert_close(*second)
 
 
 def test_times_that_were_saved_as_columns_are_loaded():
     for old in (LieAttention(C, H), LieFlow(H, C // H, time=0.5)):
-        state = {key: x.unsqueeze(-1) if key == "time" else x for key, x in old.state_dict().items()}
+        state = {key: x.unsqueeze(-1) if key.endswith("time") else x for key, x in old.state_dict().items()}
         new = type(old)(*((C, H) if isinstance(old, LieAttention) else (H, C // H)))
         new.load_state_dict(state)
-        assert torch.equal(new.flow_time(), old.flow_time())
+        one, other = (m.flow if isinstance(m, LieAttention) else m for m in (new, old))
+        assert torch.equal(one.flow_time(), other.flow_time())
 
 
 def test_loops_over_matrices_leave_times_alone():
@@ -119,3 +120,80 @@ def test_loops_over_matrices_leave_times_alone():
             torch.nn.init.xavier_uniform_(parameter)
     assert len(before) == 4
     assert all(torch.equal(dict(model.named_parameters())[name], x) for name, x in before.items())
+
+
+OF_FLOW = ("time", "max_time", "clock", "first_hop", "tol", "method", "learn_rates", "rate_weight", "rate_bias")
+
+
+def test_what_moved_into_the_flow_is_still_the_layers_with_a_warning():
+    layer, mixer = LieAttention(C, H), LieMixer(C, H, RateMatrix(H, num_tokens=N))
+    for name in (*OF_FLOW, "time_scale", "allow_open_mask"):
+        with pytest.warns(
+            FutureWarning, match=f"^{name} will go in the next release; write layer.flow.{name}$"
+        ) as told:
+            found = getattr(layer, name)
+        own = getattr(layer.flow, name)
+        assert found is own or found == own
+        assert [warning.filename for warning in told] == [__file__]
+    for name, arguments in (("flow_time", ()), ("jump_rates", (X,))):
+        with pytest.warns(FutureWarning, match=f"write layer.flow.{name}$"):
+            found = getattr(layer, name)(*arguments)
+        assert torch.equal(found, getattr(layer.flow, name)(*arguments))
+    for one in (layer, mixer):
+        with pytest.warns(FutureWarning, match=r"write layer.flow.time_scale$"):
+            one.time_scale = 2.0
+        assert one.flow.time_scale == 2.0
+    with pytest.raises(AttributeError, match="tiem"):
+        _ = layer.tiem
+
+
+def of_before(state, prefix=""):
+    """The state of a layer as it was written before there were flows: its own keys, times as columns."""
+    old = {key.replace(f"{prefix}flow.", prefix): x for key, x in state.items()}
+    return {key: x.unsqueeze(-1) if key == f"{prefix}time" else x for key, x in old.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_time": False}, {"learn_rates": False}], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_states_of_before_there_were_flows_are_loaded(options, factor):
+    torch.manual_seed(1)
+    layer = LieAttention(C, H, is_causal=True, **options)
+    with torch.no_grad():
+        layer.flow.time.copy_(torch.tensor([0.4, 1.6]))
+        for p in layer.flow.parameters():
+            if not hasattr(p, "manifold"):
+                p.normal_()
+    scale_time(layer, factor)
+    for make, prefix in ((lambda m: m, ""), (lambda m: torch.nn.ModuleDict({"attention": m}), "attention.")):
+        state = of_before(make(layer).state_dict(), prefix)
+        assert state[f"{prefix}time"].shape == (H, 1)
+        assert not [key for key in state if ".flow." in key or key.startswith("flow.")]
+        given = dict(state)
+        new = LieAttention(C, H, is_causal=True, **options)
+        make(new).load_state_dict(state)
+        assert state.keys() == given.keys()  # what was given stays as it was
+        assert torch.equal(new(X), layer(X))
+        assert new.flow.time_scale == factor
+        assert type(new.flow.time) is type(LieAttention(C, H, **options).flow.time)
+        assert new.state_dict().keys() == layer.state_dict().keys()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_the_state_of_a_mixer_of_before_is_loaded(factor):
+    torch.manual_seed(1)
+    layer, new = (LieMixer(C, H, RateMatrix(H, num_tokens=N)) for _ in range(2))
+    scale_time(layer, factor)
+    state = of_before(layer.state_dict())
+    del state["time"]  # it had none
+    assert ("time_scale" in state) == (factor != 1)
+    new.load_state_dict(state)
+    assert torch.equal(new(X), layer(X))
+    assert new.flow.time_scale == factor
+
+
+def test_a_state_without_a_parameter_of_the_flow_is_refused():
+    state = of_before(LieAttention(C, H).state_dict())
+    for name in ("time", "rate_weight", "rate_bias"):
+        part = {key: x for key, x in state.items() if key != name}
+        with pytest.raises(RuntimeError, match=rf'Missing key.*"flow.{name}"'):
+            LieAttention(C, H).load_state_dict(part)

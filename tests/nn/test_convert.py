@@ -12,7 +12,6 @@ from torch import nn
 from liegroup_attn.errors import ConversionError, GeneratorError
 from liegroup_attn.lightning import LanguageModel
 from liegroup_attn.nn import (
-    FlowAttention,
     LieFlow,
     LieMultiheadAttention,
     SoftmaxAttention,
@@ -315,7 +314,9 @@ def test_our_own_attention_decodes_after_a_conversion():
     cached = model.generate(tokens, 6, temperature=0.0)
     assert torch.equal(cached, model.generate(tokens, 6, temperature=0.0, use_cache=False))
     layer = model.transformer.blocks[0].attention
-    assert type(layer) is FlowAttention
+    assert type(layer) is SoftmaxAttention
+    assert layer.flow is layer.lie
+    assert type(layer.lie) is LieFlow
     mixing = layer.mixing_matrix(torch.randn(2, N, C))
     torch.testing.assert_close(mixing.sum(-1), torch.ones(2, H, N))
     (generator, time) = layer.flows(torch.randn(2, N, C))["Q"]

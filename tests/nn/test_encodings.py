@@ -412,7 +412,7 @@ def test_the_generator_of_a_layer_has_its_positions(build, options):
     for at in (None, torch.arange(N) * 2):
         generator = layer.generator(tokens(), positions=at)
         mixing = layer.mixing_matrix(tokens(), positions=at)
-        flow = transition_matrix(generator, layer.flow_time().detach())
+        flow = transition_matrix(generator, layer.flow.flow_time().detach())
         torch.testing.assert_close(flow, mixing, atol=2e-3, rtol=0)  # the layer leaves a tail of hops
         (of_flows, _), *_ = layer.flows(tokens(), at).values()
         torch.testing.assert_close(of_flows.dense(), generator.dense(), atol=1e-12, rtol=0)

@@ -13,8 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import liegroup_attn as la
 from liegroup_attn.clocks import clock_from
-from liegroup_attn.errors import GeneratorError, MaskError
-from liegroup_attn.nn import LieFlow, scale_time
+from liegroup_attn.errors import GeneratorError, MaskError, ShapeError
+from liegroup_attn.nn import (
+    Flow,
+    LieAttention,
+    LieFlow,
+    LieMixer,
+    LieMultiheadAttention,
+    RelativeRates,
+    SoftmaxAttention,
+    scale_time,
+)
+from liegroup_attn.options import options_of
 
 B, H, N, D = 2, 4, 9, 6
 CLOCKS = ("FixedClock", "ExponentialClock", "ErlangClock(2)")
@@ -36,6 +46,24 @@ def moved(dtype: torch.dtype = torch.float64, **options) -> LieFlow:
             flow.rate_weight.normal_()
             flow.rate_bias.normal_()
     return flow
+
+
+def attend(flow: LieFlow, q, k, v, attn_mask=None, need_weights=False, **options):
+    """Values that have flowed; with ``need_weights`` beside what would multiply them."""
+    generator = flow.generator(q, k, v, visible=attn_mask, **options)
+    mixed = flow(generator, v)
+    return (mixed, flow.mixing(generator, v)) if need_weights else mixed
+
+
+class Attention(torch.nn.Module):
+    """``attend`` as a module, for ``functional_call``: rates are parameters of what makes the generator."""
+
+    def __init__(self, flow: LieFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, q, k, v):
+        return attend(self.flow, q, k, v)
 
 
 def padded(n: int = N) -> torch.Tensor:
@@ -77,9 +105,8 @@ def test_the_formula(clock, first_hop, kv_heads, mask):
     allowed = {"none": np.ones((N, N), bool), "causal": np.tril(np.ones((N, N), bool)), "padded": padded().numpy()}
     expected = golden(flow, q, k, v, allowed[mask], 0.3)
     attn_mask = padded() if mask == "padded" else None
-    mixed, none = flow(q, k, v, attn_mask, is_causal=mask == "causal", scale=0.3)
-    also, weights = flow(q, k, v, attn_mask, is_causal=mask == "causal", scale=0.3, need_weights=True)
-    assert none is None
+    mixed = attend(flow, q, k, v, attn_mask, is_causal=mask == "causal", scale=0.3)
+    also, weights = attend(flow, q, k, v, attn_mask, is_causal=mask == "causal", scale=0.3, need_weights=True)
     wide = v.repeat_interleave(H // kv_heads, 1).numpy()
     np.testing.assert_allclose(weights.detach().numpy(), expected, atol=1e-12)
     np.testing.assert_allclose(mixed.detach().numpy(), expected @ wide, atol=1e-12)
@@ -95,7 +122,7 @@ def test_time_0_is_softmax_attention(clock, grad, learn_time):
     with torch.set_grad_enabled(grad):
         for options in ({}, {"is_causal": True}, {"attn_mask": padded()[:1]}):
             expected = F.scaled_dot_product_attention(q, k, v, **options)
-            torch.testing.assert_close(flow(q, k, v, **options)[0], expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(attend(flow, q, k, v, **options), expected, atol=1e-6, rtol=0)
 
 
 def test_no_hop_is_taken_where_no_time_passes(monkeypatch):
@@ -105,17 +132,17 @@ def test_no_hop_is_taken_where_no_time_passes(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     q, k, v = inputs(dtype=torch.float32)
     frozen, learned = LieFlow(H, D, learn_time=False), LieFlow(H, D)
-    frozen(q, k, v)
+    attend(frozen, q, k, v)
     assert calls == [1]
     with torch.no_grad():
-        learned(q, k, v)
+        attend(learned, q, k, v)
     assert calls == [1, 1]
     assert frozen.is_still()
     assert not learned.is_still()
     with torch.no_grad():
         frozen.time.data.fill_(0.5)  # a change that no version counter sees
     assert not frozen.is_still()
-    assert not torch.allclose(frozen(q, k, v)[0], kernel(q, k, v))
+    assert not torch.allclose(attend(frozen, q, k, v), kernel(q, k, v))
 
 
 @clocks
@@ -124,7 +151,7 @@ def test_the_gradient_by_time_at_0_is_that_of_the_formula(clock):
     flow = LieFlow(H, D, clock=clock).double()
     q, k, v = inputs()
     upstream = torch.randn(B, H, N, D, dtype=torch.float64)
-    flow(q, k, v)[0].backward(upstream)
+    attend(flow, q, k, v).backward(upstream)
     chain = (q @ k.mT / math.sqrt(D)).softmax(-1)
     expected = (upstream * (chain @ (0.5 * (chain @ v - v)))).sum((0, 2, 3))
     torch.testing.assert_close(flow.time.grad.squeeze(-1), expected, atol=1e-10, rtol=0)
@@ -136,10 +163,11 @@ def test_the_gradient_by_time_at_0_is_that_of_the_formula(clock):
 def test_gradients(clock):
     flow = moved(clock=clock, tol=1e-6)
     tensors = [x[:1, :, :4].requires_grad_() for x in inputs()]
-    names = [name for name, _ in flow.named_parameters()]
+    attention = Attention(flow)
+    names = [name for name, _ in attention.named_parameters()]
 
     def run(q, k, v, *parameters):
-        return torch.func.functional_call(flow, dict(zip(names, parameters, strict=True)), (q, k, v))[0]
+        return torch.func.functional_call(attention, dict(zip(names, parameters, strict=True)), (q, k, v))
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
         torch.autograd.gradcheck(run, (*tensors, *flow.parameters()), check_forward_ad=True, fast_mode=True)
@@ -173,7 +201,7 @@ def test_a_plain_optimizer_finds_the_time_and_comes_back_from_0(optimizer):
     def descend(target, count):
         for _ in range(count):
             steps.zero_grad()
-            (flow(q, k, v)[0] - target).square().mean().mul(100).backward()
+            (attend(flow, q, k, v) - target).square().mean().mul(100).backward()
             steps.step()
 
     away = 2 * F.scaled_dot_product_attention(q, k, v) - wanted  # to the other side of time 0
@@ -200,12 +228,14 @@ def test_decoding_with_what_is_kept_equals_recomputation(clock, first_hop, kv_he
     # What a mask says of later tokens does not count: they are hidden in any case.
     ahead = attn_mask | ~ones.tril() if mask != "bias" else attn_mask.masked_fill(~ones.tril(), 0)
     with torch.no_grad():
-        expected = flow(q, k, v, attn_mask)[0]
+        expected = attend(flow, q, k, v, attn_mask)
         for given in (None,) if mask == "causal" else (attn_mask, ahead):
             past, found = q.new_zeros(B, H, 0, flow.kept_width), []
             for start, stop in ((0, 4), (4, 5), (5, 8), (8, 9)):
                 rows = None if given is None else given[:, :, start:stop, :stop]
-                mixed, kept = flow.extend(q[:, :, start:stop], k[:, :, :stop], v[:, :, start:stop], past, rows)
+                new, values = q[:, :, start:stop], v[:, :, start:stop]
+                generator = flow.generator(new, k[:, :, :stop], values, visible=rows, is_causal=True, past=start)
+                mixed, kept = flow.extend(generator, values, past)
                 past = torch.cat([past, kept], 2)
                 found.append(mixed)
             torch.testing.assert_close(torch.cat(found, 2), expected, atol=1e-12, rtol=0)
@@ -216,18 +246,21 @@ def test_an_open_mask_is_refused_once_time_may_pass():
     q, k, v = inputs(dtype=torch.float32)
     flow = LieFlow(H, D)
     with pytest.raises(MaskError, match="transitively closed"):
-        flow(q, k, v, window)
+        attend(flow, q, k, v, window)
     with torch.no_grad():  # nothing leaks without a hop
-        torch.testing.assert_close(flow(q, k, v, window)[0], F.scaled_dot_product_attention(q, k, v, window))
-    assert LieFlow(H, D, allow_open_mask=True)(q, k, v, window)[0].isfinite().all()
+        torch.testing.assert_close(attend(flow, q, k, v, window), F.scaled_dot_product_attention(q, k, v, window))
+    assert attend(LieFlow(H, D, allow_open_mask=True), q, k, v, window).isfinite().all()
 
 
 def test_dropout_has_the_right_mean_and_acts_on_weights_that_are_asked_for():
     flow, (q, k, v) = moved(torch.float32, tol=1e-3), inputs(dtype=torch.float32)
     with torch.no_grad():
-        expected = flow(q, k, v)[0]
-        draws = torch.stack([flow(q, k, v, dropout_p=0.2)[0] for _ in range(600)])
-        _, weights = flow(q, k, v, dropout_p=0.5, need_weights=True)
+        expected = attend(flow, q, k, v)
+        draws = torch.stack([attend(flow, q, k, v, dropout_p=0.2) for _ in range(600)])
+        x = torch.randn(B, N, H * D)
+        _, weights = LieMultiheadAttention(H * D, H, 0.5, time=0.5, batch_first=True)(
+            x, x, x, average_attn_weights=False
+        )
     assert (draws.mean(0) - expected).abs().max() < 6 * float(draws.std(0).max()) / math.sqrt(600)
     assert draws.std(0).min() > 0
     assert 0.3 < float((weights == 0).float().mean()) < 0.7
@@ -235,33 +268,33 @@ def test_dropout_has_the_right_mean_and_acts_on_weights_that_are_asked_for():
 
 def test_scale_time_runs_it_longer():
     flow, (q, k, v) = moved(), inputs()
-    before = flow(q, k, v)[0]
+    before = attend(flow, q, k, v)
     assert scale_time(flow, 2.0) == 1
     twice = moved()
     with torch.no_grad():
         twice.time.mul_(2)
         twice.max_time *= 2
-    torch.testing.assert_close(flow(q, k, v)[0], twice(q, k, v)[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(attend(flow, q, k, v), attend(twice, q, k, v), atol=1e-10, rtol=0)
     scale_time(flow, 0.0)
-    torch.testing.assert_close(flow(q, k, v)[0], F.scaled_dot_product_attention(q, k, v), atol=1e-10, rtol=0)
-    assert not torch.allclose(before, flow(q, k, v)[0])
+    torch.testing.assert_close(attend(flow, q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-10, rtol=0)
+    assert not torch.allclose(before, attend(flow, q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     wide, half = moved(torch.float32, tol=1e-3), moved(torch.float32, tol=1e-3).to(dtype)
     q, k, v = inputs(dtype=torch.float32)
-    found = half(*(x.to(dtype) for x in (q, k, v)), is_causal=True)[0]
+    found = attend(half, *(x.to(dtype) for x in (q, k, v)), is_causal=True)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), wide(q, k, v, is_causal=True)[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found.float(), attend(wide, q, k, v, is_causal=True), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("clock", [None, "ExponentialClock"])
 @pytest.mark.parametrize("time", [0.0, 0.7])
 def test_compile(clock, time):
     flow, (q, k, v) = LieFlow(H, D, clock=clock, time=time), inputs(dtype=torch.float32)
-    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v, is_causal=True)[0], flow(q, k, v, is_causal=True)[0])
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(flow, q, k, v, is_causal=True), attend(flow, q, k, v, is_causal=True))
 
 
 def test_clocks_by_name():
@@ -306,7 +339,7 @@ def test_forward_mode_at_time_0_is_not_silently_0(clock):
     start = torch.zeros(H, dtype=torch.float64)
 
     def run(time):
-        return torch.func.functional_call(flow, {"time": time}, (q, k, v))[0]
+        return torch.func.functional_call(Attention(flow), {"flow.time": time}, (q, k, v))
 
     with sdpa_kernel(SDPBackend.MATH):
         _, tangent = torch.func.jvp(run, (start,), (torch.ones_like(start),))
@@ -331,3 +364,34 @@ def test_modules_made_on_the_meta_device_are_filled():
     flow.reset_parameters()
     fresh = LieFlow(2, 4, time=0.3, rate=0.25).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in flow.state_dict().items())
+
+
+WRONG = {
+    "a typo": (lambda: LieAttention(8, 2, tiem=1.0), TypeError, r"LieAttention: .*got \['tiem'\]; did you mean time\?"),
+    "a dtype of the flow alone": (lambda: LieAttention(8, 2, dtype=torch.float64), TypeError, r"got \['dtype'\]"),
+    "a method in a drop-in": (lambda: LieFlow(2, 4, method=la.MatrixExp()), TypeError, r"got \['method'\]"),
+    "rates of nothing": (lambda: Flow(2, None), ShapeError, "learn_rates=False"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_that_are_none(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_signatures_show_every_option():
+    """An option of a flow stands in ``Flow`` alone, and is seen wherever it may be given."""
+    flow = options_of(Flow).keys()
+    assert options_of(LieAttention).keys() >= flow - {"device", "dtype"}
+    assert options_of(LieFlow).keys() == flow - {"method"}
+    assert {"num_kv_heads", "encoding"} <= options_of(LieAttention).keys() & options_of(SoftmaxAttention).keys()
+
+
+def test_a_mixer_of_before_is_read_into_a_model_without_values():
+    with torch.device("meta"):
+        layer = LieMixer(8, 2, RelativeRates(2, max_distance=3))
+    state = {k: torch.ones(v.shape) for k, v in layer.state_dict().items() if k != "flow.time"}
+    layer.load_state_dict(state, assign=True)
+    assert layer(torch.randn(1, 5, 8)).shape == (1, 5, 8)

@@ -26,15 +26,19 @@ SETTINGS = [
     ("num_kv_heads", 1, lambda m: m.k_proj.out_features == 4),
     ("dropout", 0.25, lambda m: m.dropout == 0.25),
     ("bias", True, lambda m: m.q_proj.bias is not None),
-    ("max_time", 7.0, lambda m: m.max_time == 7.0 == m.time.manifold.upper),
-    ("time", 0.25, lambda m: m.time.tolist() == [0.25, 0.25] and m.max_time == 0.5),
-    ("learn_time", False, lambda m: "time" not in dict(m.named_parameters()) and "time" in dict(m.named_buffers())),
-    ("learn_rates", False, lambda m: not m.learn_rates and "rate_weight" not in dict(m.named_parameters())),
-    ("rate", 0.9, lambda m: m.rate_bias.sigmoid().allclose(m.rate_bias.new_tensor(0.9))),
-    ("first_hop", True, lambda m: m.first_hop),
-    ("clock", "FixedClock", lambda m: isinstance(m.clock, la.clocks.FixedClock)),
-    ("clock", "ExponentialClock()", lambda m: isinstance(m.clock, la.ExponentialClock)),
-    ("clock", "ErlangClock(3)", lambda m: m.clock.resolvents == 3),
+    ("max_time", 7.0, lambda m: m.flow.max_time == 7.0 == m.flow.time.manifold.upper),
+    ("time", 0.25, lambda m: m.flow.time.tolist() == [0.25, 0.25] and m.flow.max_time == 0.5),
+    (
+        "learn_time",
+        False,
+        lambda m: "flow.time" not in dict(m.named_parameters()) and "flow.time" in dict(m.named_buffers()),
+    ),
+    ("learn_rates", False, lambda m: not m.flow.learn_rates and "flow.rate_weight" not in dict(m.named_parameters())),
+    ("rate", 0.9, lambda m: m.flow.rate_bias.sigmoid().allclose(m.flow.rate_bias.new_tensor(0.9))),
+    ("first_hop", True, lambda m: m.flow.first_hop),
+    ("clock", "FixedClock", lambda m: isinstance(m.flow.clock, la.clocks.FixedClock)),
+    ("clock", "ExponentialClock()", lambda m: isinstance(m.flow.clock, la.ExponentialClock)),
+    ("clock", "ErlangClock(3)", lambda m: m.flow.clock.resolvents == 3),
     ("rate_fn", "exponential", lambda m: m.rate_fn is la.rates.exponential),
     ("rate_fn", "softplus", lambda m: m.rate_fn is la.rates.softplus),
     ("rate_fn", "squared_relu", lambda m: m.rate_fn is la.rates.squared_relu),
@@ -42,21 +46,25 @@ SETTINGS = [
     ("scores", "SkewScores", lambda m: type(m.scores) is SkewScores),
     ("scores", {"module": "SkewScores"}, lambda m: type(m.scores) is SkewScores),
     ("plus", RELATIVE, lambda m: m.plus.max_distance == 5),
-    ("plus", RELATIVE | {"rate": 2.0}, lambda m: m.plus(99).rate_bound().allclose(m.time.new_tensor(2.0), rtol=0.3)),
+    (
+        "plus",
+        RELATIVE | {"rate": 2.0},
+        lambda m: m.plus(99).rate_bound().allclose(m.flow.time.new_tensor(2.0), rtol=0.3),
+    ),
     ("plus", MATRIX, lambda m: m.plus.num_tokens == 5),
     (
         "plus",
         MATRIX | {"manifold": "ReversibleRateMatrices"},
         lambda m: type(m.plus.matrix.manifold) is ReversibleRateMatrices,
     ),
-    ("method", {"module": "Uniformization", "max_terms": 8}, lambda m: m.method.max_terms == 8),
-    ("method", "MatrixExp", lambda m: isinstance(m.method, la.MatrixExp)),
+    ("method", {"module": "Uniformization", "max_terms": 8}, lambda m: m.flow.method.max_terms == 8),
+    ("method", "MatrixExp", lambda m: isinstance(m.flow.method, la.MatrixExp)),
     ("bias_as", "rates", lambda m: m.bias_as == "rates"),
     ("position_rate", 0.7, lambda m: m.position_rate.allclose(m.position_rate.new_tensor(0.7))),
     ("ordered", True, lambda m: m.ordered),
     ("mix_heads", True, lambda m: m.head_weights.shape == (2, 2)),
-    ("tol", 1e-5, lambda m: m.tol == 1e-5),
-    ("allow_open_mask", True, lambda m: m.allow_open_mask is True),
+    ("tol", 1e-5, lambda m: m.flow.tol == 1e-5),
+    ("allow_open_mask", True, lambda m: m.flow.allow_open_mask is True),
 ]
 NEEDS = {"position_rate": {"bias_as": "rates"}, "ordered": {"plus": RELATIVE}}  # what a key has no meaning without
 
@@ -112,7 +120,7 @@ def test_a_class_of_others_by_its_path():
     layer = Transformer(8, 1, 2, recipe, is_causal=True).blocks[0].attention
     assert type(layer) is Doubled
     assert (layer.num_tokens, layer.is_causal, layer.plus.is_causal) == (3, True, True)
-    assert repr(layer.clock) == "ExponentialClock()"
+    assert repr(layer.flow.clock) == "ExponentialClock()"
     with pytest.raises(ValueError, match=r"got \['tiem'\]; did you mean time\?"):
         build_attention(recipe | {"tiem": 1.0}, 8, 2)
     blind = {"module": f"{__name__}.Blind"}

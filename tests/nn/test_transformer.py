@@ -32,7 +32,7 @@ def build(recipe, depth=2, **options) -> Transformer:
     model = Transformer(C, depth, H, recipe, **options).double()
     for layer in model.modules():
         if isinstance(layer, LieAttention):
-            torch.nn.init.normal_(layer.rate_weight, 0, 0.5)
+            torch.nn.init.normal_(layer.flow.rate_weight, 0, 0.5)
     return model
 
 
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_parameters_of_the_softmax_model(recipe, depth):
         models.append(dict(Transformer(C, depth, H, one).named_parameters()))
         states.append(torch.get_rng_state())
     softmax, lie = models
-    own = {f"blocks.{i}.attention.{name}" for i in range(depth) for name in ("time", "rate_weight", "rate_bias")}
+    own = {f"blocks.{i}.attention.flow.{name}" for i in range(depth) for name in ("time", "rate_weight", "rate_bias")}
     assert set(lie) - set(softmax) == own
     assert all(torch.equal(lie[name], value) for name, value in softmax.items())
     assert torch.equal(*states)
@@ -157,7 +157,7 @@ def test_dropout_acts_in_training_only():
 def test_copies_keep_manifolds_at_every_depth():
     model = build(RECIPES["exp"], 3)
     new = copy.deepcopy(model)
-    times = [block.attention.time for block in new.blocks]
+    times = [block.attention.flow.time for block in new.blocks]
     assert all(isinstance(time, ManifoldParameter) and time.manifold.upper == 4.0 for time in times)
     assert len({id(time) for time in times}) == 3
     assert torch.equal(new(tokens()), model(tokens()))

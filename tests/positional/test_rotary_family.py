@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from positional_cases import CASES
+from rotation_forms import complex_form, exponential_form, rotation_form, skew_generator
 from torch import Tensor
 
 from liegroup_attn.nn import SoftmaxAttention
@@ -22,12 +23,8 @@ from liegroup_attn.positional import (
     RotaryEncoding,
     RotationEncoding,
     XPos,
-    complex_form,
     convert_layout,
-    exponential_form,
     grid_positions,
-    rotation_form,
-    skew_generator,
 )
 
 LAYOUTS = ("half_split", "interleaved")
@@ -416,14 +413,6 @@ REFUSED = {
     "convert, rotary_width": (
         lambda: convert_layout(torch.ones(8), head_width=8, source="half_split", target="interleaved", rotary_width=5),
         "rotary_width: expected an even number ≤ head_width = 8, got 5; ",
-    ),
-    "form, layout": (
-        lambda: complex_form(torch.ones(1, 2), torch.ones(1, 1), "x"),
-        "layout: expected one of ('half_split', 'interleaved'), got 'x'; ",
-    ),
-    "form, generator": (
-        lambda: skew_generator(torch.ones(1), "x"),
-        "layout: expected one of ('half_split', 'interleaved'), got 'x'; ",
     ),
     "other heads": (
         lambda: MixedRotary(8, 2, layout="half_split")(torch.ones(3, 4, 8), grid_positions(2, 2)),

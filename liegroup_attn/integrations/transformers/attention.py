@@ -7,15 +7,19 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from liegroup_attn.errors import CacheError, GeneratorError
+from liegroup_attn.generators import SoftmaxGenerator
 from liegroup_attn.integrations.transformers.cache import cache_layer, forget, take_call
 from liegroup_attn.integrations.transformers.masks import closed_mask, is_causal_mask
-from liegroup_attn.integrations.transformers.scores import eager, formed, weights_wanted
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.integrations.transformers.scores import eager, score_of, weights_wanted
+from liegroup_attn.nn.lie_flow import LieFlow
+from liegroup_attn.scores import Score
+from liegroup_attn.tensors import of_heads
 
 __all__ = ["Call", "lie_attention_forward", "recorded_calls"]
 
@@ -93,7 +97,7 @@ def lie_attention_forward(
     need_weights = need_weights or weights_wanted(kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     flow: LieFlow | None = getattr(module, "lie", None)
-    if flow is None or (flow.first_hop and flow.is_still()):
+    if flow is None or flow.is_softmax():
         if flow is not None:
             forget(cache, module)
         kwargs |= {} if softcap is None else {"softcap": softcap}
@@ -113,51 +117,56 @@ def lie_attention_forward(
     causal = causal and attention_mask is None and query.size(2) > 1
     if not flow.allow_open_mask:
         closed_mask(attention_mask, module)
-    ordered = cache is not None and is_causal_mask(attention_mask, query.size(2), causal)
-    if softcap is not None or position_bias is not None:
-        query, key, attention_mask = formed(query, key, attention_mask, scaling, softcap, position_bias, causal)
-        scaling, causal = 1.0, False
+    ordered = is_causal_mask(attention_mask, query.size(2), causal, look=cache is not None)
+    score = score_of(softcap, position_bias, key.size(2) - query.size(2))
+    call = _Attend(flow, query, key, value, attention_mask, score, scaling, ordered)
     if cache is not None:
-        mixed, weights = _decode(
-            module, flow, cache, (query, key, value), attention_mask, dropout, scaling, ordered, need_weights
-        )
+        mixed, weights = _decode(module, call, cache, dropout, need_weights)
     else:
         if query.size(2) != key.size(2):
             raise CacheError(
                 f"key: expected the {query.size(2)} tokens of the query, got {key.size(2)} and no DynamicCache that keeps their iterates; "
                 "pass use_cache=False, or exclude this layer from the conversion if it attends across"
             )
-        mixed, weights = flow(
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scaling,
-            need_weights=need_weights,
-            closed=True,
-        )
+        mixed, weights = call.mixed(dropout, need_weights)
     return mixed.transpose(1, 2).contiguous(), weights
 
 
+class _Attend(NamedTuple):
+    """A call under which time passes."""
+
+    flow: LieFlow
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    score: Score | None
+    scaling: float | None
+    ordered: bool  # no query sees a later token
+
+    def generator(self, dropout: float = 0.0, past: int = 0) -> SoftmaxGenerator:
+        value = self.value[:, :, past:]
+        more: dict[str, Any] = {"visible": self.mask, "score": self.score, "scale": self.scaling, "dropout_p": dropout}
+        ordered = self.ordered or past > 0
+        return self.flow.generator(self.query, self.key, value, is_causal=ordered, closed=True, past=past, **more)
+
+    def mixed(self, dropout: float, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """All tokens at once."""
+        if not need_weights:
+            return self.flow(self.generator(dropout), self.value), None
+        weights = F.dropout(self.flow.mixing(self.generator(), self.value), dropout)
+        return weights @ of_heads(self.value, self.flow.num_heads), weights
+
+
 def _decode(
-    module: nn.Module,
-    flow: LieFlow,
-    cache: Cache,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    ordered: bool,
-    need_weights: bool,
+    module: nn.Module, call: _Attend, cache: Cache, dropout: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Mix new tokens given what a cache keeps of the earlier ones."""
-    query, key, value = qkv
+    flow, query, key, value = call[:4]
     past = key.size(2) - query.size(2)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *flow.parameters()))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *flow.parameters()))
     unkept = (
-        "a gradient" if learns else "dropout" if dropout else None if ordered else "a mask that looks ahead"
+        "a gradient" if learns else "dropout" if dropout else None if call.ordered else "a mask that looks ahead"
     )  # of which no iterates can be kept
     if past and (unkept or need_weights):
         raise CacheError(
@@ -166,12 +175,11 @@ def _decode(
         )
     weights = None
     if unkept or need_weights:
-        how: dict[str, Any] = {"dropout_p": dropout, "is_causal": ordered and mask is None, "scale": scaling}
-        mixed, weights = flow(query, key, value, mask, need_weights=need_weights, closed=True, **how)
+        mixed, weights = call.mixed(dropout, need_weights)
     if unkept:  # and the cache has keys of which it has no iterates: nothing goes on from there
         return mixed, weights
     layer = cache_layer(cache, module)
     before = layer.iterates(flow, len(query), past, value)
-    mixed, kept = flow.extend(query, key, value[:, :, past:], before, mask, scale=scaling)
+    mixed, kept = flow.extend(call.generator(past=past), value[:, :, past:], before)
     layer.keep(flow, before, kept)
     return mixed, weights

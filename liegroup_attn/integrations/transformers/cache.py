@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from liegroup_attn.errors import CacheError, ConversionError
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.nn.lie_flow import LieFlow
 
 __all__ = ["KeptLayer", "cache_layer", "check_call", "forget", "note_call", "take_call"]
 
@@ -46,7 +46,7 @@ def check_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     take_call(module)
     flow: LieFlow = module.lie  # type: ignore[assignment]
-    if flow.first_hop and flow.is_still():
+    if flow.is_softmax():
         return
     got = getattr(getattr(module, "config", None), "_attn_implementation", None)
     raise ConversionError(
@@ -108,9 +108,9 @@ class _Keeping:
                 f"cache: expected the iterates of its {past} tokens and {batch} sequences, got {got}; fill it by this converted model under "
                 "torch.no_grad(), not while its time was 0, or pass use_cache=False"
             )
-        if self.lie_settings != settings(flow):
+        if self.lie_settings != flow.settings:
             raise CacheError(
-                f"cache: expected the settings it was filled with {self.lie_settings}, got {settings(flow)}; fill a new one"
+                f"cache: expected the settings it was filled with {self.lie_settings}, got {flow.settings}; fill a new one"
             )
         return found[:, :, found.size(2) - past :]
 
@@ -119,7 +119,7 @@ class _Keeping:
         known = past if self.lie_past is None or not past.size(2) else self.lie_past
         both = torch.cat([known.to(new.device), new], 2)
         self.lie_past = both[:, :, both.size(2) - self._num_keys() :]
-        self.lie_settings = settings(flow)
+        self.lie_settings = flow.settings
 
 
 class KeptLayer(_Keeping, DynamicLayer):
@@ -131,11 +131,6 @@ class KeptWindow(_Keeping, DynamicSlidingWindowLayer):
 
 
 _KEEPING: dict[type, Any] = {DynamicLayer: KeptLayer, DynamicSlidingWindowLayer: KeptWindow}
-
-
-def settings(flow: LieFlow) -> tuple[object, ...]:
-    """What iterates depend on besides tokens."""
-    return flow.time_scale, flow.max_time, flow.tol, str(flow.clock), flow.first_hop
 
 
 def _layer(cache: Cache, module: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from liegroup_attn.integrations.transformers.attention import Call, recorded_cal
 from liegroup_attn.integrations.transformers.configs import configs, own_configs, plain_implementation, undo
 from liegroup_attn.integrations.transformers.inputs import dummy_inputs, example
 from liegroup_attn.integrations.transformers.loading import NAME, attach, detach, flowing, register, ways, written
-from liegroup_attn.nn.convert import ConvertedLayer
+from liegroup_attn.nn.report import ConvertedLayer
 
 __all__ = ["DROP_INS", "WHOLE_MODELS", "convert_model", "restore_model"]
 

@@ -19,7 +19,7 @@ from liegroup_attn.integrations.transformers.attention import lie_attention_forw
 from liegroup_attn.integrations.transformers.cache import check_call, note_call
 from liegroup_attn.integrations.transformers.configs import made_with_own_configs
 from liegroup_attn.integrations.transformers.masks import lie_mask
-from liegroup_attn.nn.flow import LieFlow
+from liegroup_attn.nn.lie_flow import LieFlow
 
 __all__ = ["NAME", "attach", "detach", "flowing", "register", "ways", "written"]
 
@@ -221,5 +221,5 @@ def _fresh(model: PreTrainedModel, flow: LieFlow, name: str) -> dict[str, torch.
     """Start values of a flow, by the options in the configuration."""
     for spec in model.config.lie_attention["flows"]:
         if any(path == name or path.endswith(f".{name}") or name.endswith(f".{path}") for path in spec["layers"]):
-            return LieFlow(flow.num_heads, flow.head_width, **spec["options"]).state_dict()
-    return LieFlow(flow.num_heads, flow.head_width).state_dict()
+            return LieFlow(flow.num_heads, flow.width, **spec["options"]).state_dict()
+    return LieFlow(flow.num_heads, flow.width).state_dict()

@@ -111,21 +111,22 @@ def closed_mask(mask: Tensor | None, module: nn.Module) -> None:
         raise MaskError(f"{error}; in {where}: {remedy}") from None
 
 
-def is_causal_mask(mask: Tensor | None, new: int, causal_without: bool) -> bool:
+def is_causal_mask(mask: Tensor | None, new: int, causal_without: bool, *, look: bool = True) -> bool:
     """Whether no query sees a later token.
 
     Args:
         mask: broadcastable to (B, H, N, P + N), or None.
         new: N.
         causal_without: whether None stands for a causal mask.
+        look: at the values of a mask of which nothing is known, for which a GPU has to be waited.
     """
+    if mask is None:
+        return causal_without or new == 1
     if new == 1:
         return True
-    if mask is None:
-        return causal_without
     made = _known_of(mask)
-    if made is not None and made.causal:
-        return True
+    if not look or (made is not None and made.causal):
+        return made is not None and made.causal
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     ahead = torch.ones(new, mask.size(-1), dtype=torch.bool, device=mask.device).triu(mask.size(-1) - new + 1)
     return not bool((allowed & ahead).any())

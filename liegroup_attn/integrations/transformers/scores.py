@@ -9,44 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from liegroup_attn.errors import ConversionError
+from liegroup_attn.scores import Score, SoftCap, TensorBias
 
 try:
     from transformers.utils.output_capturing import _active_collector
 except ImportError:  # another release
     _active_collector = None
 
-__all__ = ["eager", "formed", "weights_wanted"]
+__all__ = ["eager", "score_of", "weights_wanted"]
 
 
-def formed(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    position_bias: Tensor | None,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores that are no plain products of queries and keys, as a float mask over queries and keys of zeros.
-
-    Returns:
-        Zeros (B, H, N, 1) and (B, H_kv, P + N, 1), and the scores (B, H, N, P + N).
-    """
-    scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    scores = (query * scale) @ key.repeat_interleave(query.size(1) // key.size(1), 1).mT  # (B, H, N, P + N)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if position_bias is not None:
-        scores = scores + position_bias
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        ahead = ahead.triu(1 + key.size(2) - query.size(2))
-        scores = scores.masked_fill(ahead, -torch.inf)
-    return torch.zeros_like(query[..., :1]), torch.zeros_like(key[..., :1]), scores
+def score_of(softcap: float | None, position_bias: Tensor | None, past: int) -> Score | None:
+    """What acts on scale · q·k: first the cap, then the bias, which has no rows of the past."""
+    cap = None if softcap is None else SoftCap(softcap)
+    bias = None if position_bias is None else TensorBias(position_bias, past)
+    return cap | bias if cap is not None and bias is not None else cap or bias
 
 
 def weights_wanted(kwargs: dict[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def read_generator(path: str | Path) -> Tensor:
         tensor([[-1.,  1.],
                 [ 3., -3.]], dtype=torch.float64)
 
-    Source: [Yang2007]_ (the format of rate files).
+    Source: Yang 2007, doi:10.1093/molbev/msm088 (the format of rate files).
     """
     lines, _ = _numbers(path)
     n = len(lines)
@@ -88,7 +88,7 @@ def read_paml(path: str | Path) -> tuple[Tensor, Tensor]:
         >>> frequencies
         tensor([0.5000, 0.2500, 0.2500], dtype=torch.float64)
 
-    Source: [Yang2007]_.
+    Source: Yang 2007, doi:10.1093/molbev/msm088.
     """
     lines, stop = _numbers(path)
     numbers = torch.tensor([number for line in lines for number in line], dtype=torch.float64)
@@ -138,7 +138,7 @@ def generator_from(exchangeabilities: Tensor, frequencies: Tensor, normalize: bo
         tensor([[-1.,  1.],
                 [ 1., -1.]])
 
-    Source: [Yang2007]_; [Norris1997]_, section 3.7 (detailed balance).
+    Source: Yang 2007, doi:10.1093/molbev/msm088; Norris 1997, *Markov Chains*, section 3.7 (detailed balance).
     """
     s, pi = exchangeabilities, frequencies
     n = pi.size(0) if pi.dim() == 1 else 0

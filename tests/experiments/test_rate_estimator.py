@@ -12,13 +12,13 @@ import scipy.linalg
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from experiments.rate_recovery.counts import TransitionCounts, simulate_counts
+from experiments.rate_recovery.model import RateEstimator, first_order_rates, negative_log_likelihood
+from experiments.rate_recovery.paml import generator_from, read_generator
 from liegroup_attn.algebra import is_rate_matrix, is_reversible
 from liegroup_attn.errors import DtypeError, ShapeError
 from liegroup_attn.generators import DenseGenerator
-from liegroup_attn.lightning import RateEstimator, TransitionCounts
 from liegroup_attn.lightning.cli import main
-from liegroup_attn.lightning.data import generator_from, read_generator, simulate_counts
-from liegroup_attn.lightning.rates import first_order_rates, negative_log_likelihood
 from liegroup_attn.manifolds import ManifoldParameter
 
 pytestmark = [
@@ -206,8 +206,15 @@ def test_the_command_line_estimates_from_a_file_of_the_user(tmp_path, monkeypatc
     (tmp_path / "my.dat").write_text("1\n2 4\n.5 .25 .25\nthree states")
     monkeypatch.setattr(sys, "argv", ["liegroup-attn"])
     monkeypatch.chdir(tmp_path)
-    model = ["--model", "RateEstimator", "--model.num_states", "3"]
-    data = ["--data", "TransitionCounts", "--data.path", "my.dat", "--data.transitions", "100000"]
+    model = ["--model", "experiments.rate_recovery.model.RateEstimator", "--model.num_states", "3"]
+    data = [
+        "--data",
+        "experiments.rate_recovery.counts.TransitionCounts",
+        "--data.path",
+        "my.dat",
+        "--data.transitions",
+        "100000",
+    ]
     trainer = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     main(["fit", *model, *data, *trainer, "--trainer.default_root_dir", "out"])
     (checkpoint,) = (tmp_path / "out").rglob("*.ckpt")

@@ -50,7 +50,7 @@ class RateEstimator(L.LightningModule):
         >>> RateEstimator(num_states=2).generator().tolist()
         [[-1.0, 1.0], [1.0, -1.0]]
 
-    Source: [Kalbfleisch1985]_.
+    Source: Kalbfleisch and Lawless 1985, doi:10.1080/01621459.1985.10478195.
     """
 
     hparams: Any
@@ -169,7 +169,7 @@ def negative_log_likelihood(generator: Tensor, counts: Tensor, times: Tensor) ->
         >>> negative_log_likelihood(Q, torch.tensor([[[57.0, 43.0], [43.0, 57.0]]]), torch.tensor([1.0]))
         tensor(0.6833)
 
-    Source: [Kalbfleisch1985]_.
+    Source: Kalbfleisch and Lawless 1985, doi:10.1080/01621459.1985.10478195.
     """
     if counts.shape != (*times.shape, *generator.shape):
         raise ShapeError(

@@ -11,17 +11,11 @@ import scipy.linalg
 import scipy.stats
 import torch
 
+from experiments.rate_recovery import published
+from experiments.rate_recovery.counts import TransitionCounts, read_counts, simulate_counts
+from experiments.rate_recovery.paml import generator_from, read_generator, read_paml
 from liegroup_attn.algebra import is_rate_matrix
 from liegroup_attn.errors import GeneratorError, ShapeError
-from liegroup_attn.lightning.data import (
-    TransitionCounts,
-    generator_from,
-    published,
-    read_counts,
-    read_generator,
-    read_paml,
-    simulate_counts,
-)
 
 S3 = torch.tensor([[0.0, 1, 2], [1, 0, 4], [2, 4, 0]], dtype=torch.float64)
 PI3 = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from experiments.rate_recovery.paml import read_generator
+from experiments.rate_recovery.published import PUBLISHED, download_generator
 from liegroup_attn.algebra import stationary_distribution
 from liegroup_attn.errors import GeneratorError, ShapeError
 from liegroup_attn.functional import transition_matrix
 from liegroup_attn.generators import DenseGenerator
 from liegroup_attn.lightning.data.loader import ResumableLoader
-from liegroup_attn.lightning.data.paml import read_generator
-from liegroup_attn.lightning.data.published import PUBLISHED, download_generator
 
 __all__ = ["TransitionCounts", "read_counts", "simulate_counts"]
 
@@ -31,8 +31,8 @@ class TransitionCounts(L.LightningDataModule):
     π_i P_ij(t), and are drawn as such.
 
     Args:
-        path: Q to simulate: ``"lg"`` [Le2008]_ or ``"wag"`` [Whelan2001]_, two published generators of amino acids,
-            downloaded; or a file that ``read_generator`` reads.
+        path: Q to simulate: ``"lg"`` or ``"wag"``, two published generators of amino acids, downloaded; or a file that
+            ``read_generator`` reads.
         counts: file of observed counts for ``read_counts``, used instead of a simulation; ``path`` is then ignored.
         times: T times > 0, in units in which Q has mean exit rate 1.
         transitions: number of pairs in all, divided evenly among the times.
@@ -54,7 +54,7 @@ class TransitionCounts(L.LightningDataModule):
         >>> batch["counts"].shape, batch["counts"].sum((1, 2))
         (torch.Size([2, 2, 2]), tensor([50., 50.], dtype=torch.float64))
 
-    Source: [Kalbfleisch1985]_.
+    Source: Kalbfleisch and Lawless 1985, doi:10.1080/01621459.1985.10478195.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def download_generator(name: str, folder: Path) -> Path:
     """The file of a published generator, fetched if ``folder`` lacks it, its hash checked either way.
 
     Args:
-        name: one of ``PUBLISHED``: ``"lg"`` [Le2008]_ or ``"wag"`` [Whelan2001]_.
+        name: one of ``PUBLISHED``: ``"lg"`` (Le and Gascuel 2008) or ``"wag"`` (Whelan and Goldman 2001).
         folder: where downloads are kept.
 
     Returns:
