@@ -94,13 +94,10 @@ def expm_multiply(
         return generator.jump(mixed) if first_hop else mixed
 
     if _still(when):
-        value = value.expand(
-            torch.broadcast_shapes((*batch, *value.shape[-2:]), (*when.shape, 1))
-        )  # several times, all 0
-        return finish(value.clone())
-    bound = generator.rate_bound()
+        # Several times may be asked for, all 0.
+        return finish(value.expand(torch.broadcast_shapes((*batch, *value.shape[-2:]), (*when.shape, 1))).clone())
     known = None  # without a look at any tensor
-    if isinstance(bound, float) and isinstance(time, numbers.Real):
+    if isinstance(time, numbers.Real) and isinstance(bound := generator.rate_bound(), float):
         known = float(time) * bound
     how = how.choose(generator, value, when, law, known)
     if generator.dropout_p and not (how.drops_hops and generator.drops_in_hops):

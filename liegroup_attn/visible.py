@@ -186,7 +186,7 @@ class Allowed(Visible):
 
     Args:
         mask: bool (True = takes part), (..., N or 1, M or 1).
-        reached: of a float mask, which targets a softmax reaches; only a look for leaks asks.
+        reached: of a float mask, what it adds to the scores, which decides whom a softmax reaches; only a look for leaks asks.
         first: the token that its first row is of.
         closed: as in ``Visible``; a mask with one row for all, of padding, is.
     """

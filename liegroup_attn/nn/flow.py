@@ -265,6 +265,10 @@ class Flow(Resettable):
             return self.method
         if not isinstance(generator.rate_bound(), float):  # its rates are learned without bound
             return Automatic(self.tol)
+        return self.for_bounded_rates()
+
+    def for_bounded_rates(self) -> Method:
+        """What rates of at most 1 take: as many hops as ``max_time`` asks for, so that no GPU is waited for."""
         return Automatic(self.tol, self.max_time * self.time_scale, streams=True)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -15,7 +15,6 @@ from liegroup_attn.expm import Automatic, Method
 from liegroup_attn.functional import expm_multiply
 from liegroup_attn.generators import DenseGenerator, Generator, HeadMixture, SoftmaxGenerator
 from liegroup_attn.generators.dense import restricted
-from liegroup_attn.masks import taking_part
 from liegroup_attn.nn.attention import SelfAttention
 from liegroup_attn.nn.flow import Flow, OfFlow
 from liegroup_attn.nn.learned import LearnedGenerator, check_heads
@@ -23,7 +22,7 @@ from liegroup_attn.nn.projections import Inputs
 from liegroup_attn.options import options_of, takes_options_of
 from liegroup_attn.positional import BiasEncoding
 from liegroup_attn.tensors import of_heads
-from liegroup_attn.visible import Allowed, Causal, Everything, Visible
+from liegroup_attn.visible import Visible
 
 __all__ = ["LieAttention"]
 
@@ -88,9 +87,8 @@ class LieAttention(SelfAttention):
         self._place_bias(bias_as, position_rate)
 
     def _declare(self) -> None:
-        self.register_module(
-            "flow", None
-        )  # times and rates came first before they were a flow's: optimizers know no names
+        # Times and rates came first before they were a flow's: optimizers know no names.
+        self.register_module("flow", None)
 
     def _add(self, plus: LearnedGenerator | None, ordered: bool, mix_heads: bool) -> None:
         if plus is not None:
@@ -131,7 +129,7 @@ class LieAttention(SelfAttention):
 
     def _generator(self, inputs: Inputs, dropout_p: float = 0.0) -> Generator:
         chain, generator = self._alone(inputs, dropout_p)
-        plus = None if self.ordered else self._added(inputs)
+        plus = None if self.ordered else self._added(inputs, chain.visible)
         return generator if plus is None else generator + restricted(plus, chain.visible)
 
     def _alone(self, inputs: Inputs, dropout_p: float = 0.0) -> tuple[SoftmaxGenerator, Generator]:
@@ -142,15 +140,13 @@ class LieAttention(SelfAttention):
         generator: Generator = chain if self.rate_fn is None else chain.with_rates(self.rate_fn)
         return chain, generator if self.head_weights is None else HeadMixture(generator, self.head_weights)
 
-    def _added(self, inputs: Inputs) -> Generator | None:
+    def _added(self, inputs: Inputs, visible: Visible) -> Generator | None:
         """What is added to the generator of the scores: learned, of positions, both or neither."""
         n = inputs.query.size(-2)
         added = None if self.plus is None else self.plus(n)
         if inputs.score is None or self.bias_as == "scores":
             return added
         # Before the softmax: what a mask hides has no share in the rates of what it leaves.
-        visible: Visible = Everything() if inputs.attn_mask is None else Allowed(taking_part(inputs.attn_mask))
-        visible = Causal() & visible if self.is_causal else visible
         bias = inputs.score.formed(n, n)
         bias = bias.expand(*bias.shape[:-2], n, n)  # it may have one row or column for all
         allowed = visible.rows(0, n, n, visible.tensors, bias.device)
@@ -192,7 +188,7 @@ class LieAttention(SelfAttention):
             return Automatic()
         alone = (self.plus is None or self.ordered) and self.bias_as == "scores"
         if self.head_weights is not None and alone:  # whose rows sum to 1
-            return Automatic(self.flow.tol, self.flow.max_time * self.flow.time_scale, streams=True)
+            return self.flow.for_bounded_rates()
         return None
 
     def _why_no_cache(self) -> str | None:
